@@ -1,0 +1,26 @@
+"""funcprobe: what one optimizer step does to a language model's entropy, measured and predicted.
+
+The model is a pair of pure functions and two dicts; the update direction v an affine map of the
+gradient; everything measurable a function of ``params + eta * v``. Importing this package changes
+no global state.
+"""
+
+from .calculus.line import Sweep, changes, join, sweep, sweep_blocks
+from .calculus.rows import evaluate
+from .calculus.step import (
+    AdamState,
+    Affine,
+    adamw,
+    decompose,
+    direction,
+    gradient,
+    row_gradients,
+    sgd,
+)
+from .calculus.taylor import taylor
+from .calculus.tree import add_scaled, dot, norm, shift, stack
+from .language.batch import Batch, by_length, collate
+from .language.model import Model, assemble, logits, split
+from .language.objectives import RECIPES, Recipe, objective, prepare
+from .language.score import Sampling, Scores, scorer
+from .statistics.change import Estimate, Series, entropy_change, entropy_series

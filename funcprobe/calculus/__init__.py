@@ -1,0 +1,1 @@
+"""Functions of parameters along a line: trees, steps, sweeps, derivatives. Knows no tokens."""

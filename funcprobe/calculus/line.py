@@ -1,0 +1,205 @@
+"""A function along ``params + eta * v``: vmap over stacked deltas, the base beside them."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .precision import exact
+from .rows import default_rows
+from .tree import (
+    Params,
+    add_scaled,
+    blocks,
+    check_direction,
+    check_nan,
+    concatenate,
+    tree_map,
+)
+
+EVALUATED = 0  # in Sweep.source
+
+_LANES = 8
+
+
+class Sweep(NamedTuple):
+    """A function's values along a line of parameters, kept as differences from the base."""
+
+    etas: Tensor  # [K] float64
+    base: Any  # fn's output at params, leaves [N, ...], computed in the same blocks as the rest
+    change: Any  # leaves [K, N, ...]: value at eta less base
+    bound: Tensor  # [K] float64, error bound where interpolated, 0 where evaluated
+    source: Tensor  # [K] int8, EVALUATED
+
+
+def changes(
+    fn: Callable,
+    params: Params,
+    deltas: Params,
+    batch,
+    *,
+    rows: int | None = None,
+    lanes: int | None = None,
+) -> tuple[Any, Any]:
+    """``fn(params + delta_k) - fn(params)`` for K stacked deltas, by `vmap`, the base unbatched.
+
+    The base is one lane of each block and blocks have a fixed number of lanes, so that a delta of
+    zero gives exactly zero.
+
+    Args:
+        fn: row-separable ``(params, batch) -> tree`` of tensors with leading N.
+        params: the trainable parameters.
+        deltas: exactly the names of `params`, every leaf with leading K (see `stack`).
+        batch: a tree of tensors with leading N.
+        rows: rows per block; the default follows from the shapes and `lanes`.
+        lanes: parameter points per block, the base among them; 1 is the plain loop. The default
+            is K + 1, at most 8. Memory grows with ``rows * lanes``, not with K.
+
+    Returns:
+        ``(base, change)``: fn's output at `params`, and the changes with leading K.
+
+    Raises:
+        ValueError: names or shapes that do not fit, non-finite deltas, nan in the output.
+    """
+    k = {len(delta) for delta in deltas.values()}
+    if len(k) > 1:
+        raise ValueError(f"changes: every delta must lead with the same K, found {sorted(k)}.")
+    k = k.pop() if k else 0
+    expanded = {name: p.expand(k, *p.shape) for name, p in params.items()}
+    check_direction("changes", deltas, expanded)
+    return _changes(
+        fn, params, lambda some: {n: d[some] for n, d in deltas.items()}, k, batch, rows, lanes
+    )
+
+
+def sweep(
+    fn: Callable,
+    params: Params,
+    v: Params,
+    etas: Sequence[float] | Tensor,
+    batch,
+    *,
+    rows: int | None = None,
+    lanes: int | None = None,
+) -> Sweep:
+    """`fn` along ``params + eta * v`` for K learning rates; `params` never changes.
+
+    Args:
+        fn: row-separable ``(params, batch) -> tree`` of tensors with leading N.
+        params: the trainable parameters.
+        v: a direction with exactly their names and shapes.
+        etas: K learning rates, of any sign, in the unit that v is relative to.
+        batch: a tree of tensors with leading N.
+        rows, lanes: as in `changes`.
+
+    Raises:
+        ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output.
+    """
+    check_direction("sweep", v, params)
+    etas = torch.as_tensor(etas, dtype=torch.float64).flatten()
+    if len(etas) == 0 or not etas.isfinite().all():
+        raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
+
+    def deltas(some: slice) -> Params:
+        steps = etas[some]
+        return {
+            name: (steps.to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name].dtype)
+            for name, d in v.items()
+        }
+
+    base, change = _changes(fn, params, deltas, len(etas), batch, rows, lanes)
+    return Sweep(
+        etas,
+        base,
+        change,
+        torch.zeros_like(etas),
+        torch.full(etas.shape, EVALUATED, dtype=torch.int8),
+    )
+
+
+def sweep_blocks(
+    fn: Callable, params: Params, v: Params, etas, parts: Iterable, **same
+) -> Iterator[Sweep]:
+    """One `Sweep` per block of rows, as it is ready: for ragged batches, progress bars, resuming.
+
+    >>> blocks, order = by_length(batch, tokens=4096)                        # doctest: +SKIP
+    >>> result = join(sweep_blocks(fn, params, v, etas, blocks), order)      # doctest: +SKIP
+    """
+    for part in parts:
+        yield sweep(fn, params, v, etas, part, **same)
+
+
+def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
+    """The sweeps of several blocks as the sweep of all rows, in the rows' original order.
+
+    Args:
+        sweeps: of the same etas, over disjoint rows.
+        order: [N] the original row of each row of the blocks, as `by_length` gives it; None keeps
+            the blocks' order. Leaves of ragged width are padded with zeros to the widest.
+    """
+    sweeps = list(sweeps)
+    first = sweeps[0]
+    if any(not torch.equal(first.etas, other.etas) for other in sweeps[1:]):
+        raise ValueError("join: the sweeps must share their etas; these are of different ones.")
+    back = None if order is None else torch.argsort(order)
+
+    def together(dim: int, trees: list):
+        def leaf(*xs: Tensor) -> Tensor:
+            width = max(x.shape[-1] for x in xs)
+            if xs[0].ndim > dim + 1:
+                xs = [pad(x, (0, width - x.shape[-1])) for x in xs]
+            out = torch.cat(list(xs), dim)
+            return out if back is None else out.index_select(dim, back.to(out.device))
+
+        return tree_map(leaf, *trees)
+
+    return first._replace(
+        base=together(0, [s.base for s in sweeps]),
+        change=together(1, [s.change for s in sweeps]),
+        bound=torch.stack([s.bound for s in sweeps]).amax(0),
+    )
+
+
+@torch.no_grad()
+def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, rows, lanes):
+    lanes = lanes or min(k + 1, _LANES)
+    rows = rows or default_rows(batch, lanes)
+    bases, differences = [], []
+    with exact():
+        for part in blocks(batch, rows):
+            base, change = _block(fn, params, deltas, k, part, lanes)
+            bases.append(base)
+            differences.append(change)
+    base, change = concatenate(bases), concatenate(differences, dim=1)
+    check_nan("sweep (base)", base)
+    check_nan("sweep", change, dim=1)
+    return base, change
+
+
+def _block(fn, params, deltas, k: int, part, lanes: int):
+    """The base and K changes on one block of rows, `lanes` points at a time."""
+
+    def at(delta):
+        return fn(add_scaled(params, delta), part)
+
+    if lanes == 1:
+        base = at({name: torch.zeros_like(p) for name, p in params.items()})
+        values = [at({n: d[0] for n, d in deltas(slice(i, i + 1)).items()}) for i in range(k)]
+        return base, tree_map(lambda b, *xs: torch.stack([x - b for x in xs]), base, *values)
+    base, parts = None, []
+    for start in range(0, k, lanes - 1):
+        some = deltas(slice(start, start + lanes - 1))
+        count = len(next(iter(some.values())))
+        # The base leads, zeros fill the last block: every block has the same shapes.
+        filled = {
+            n: torch.cat(
+                [d.new_zeros(1, *d.shape[1:]), d, d.new_zeros(lanes - 1 - count, *d.shape[1:])]
+            )
+            for n, d in some.items()
+        }
+        out = torch.func.vmap(at)(filled)
+        base = tree_map(lambda x: x[0].clone(), out) if base is None else base
+        parts.append(tree_map(lambda x, count=count: x[1 : count + 1] - x[:1], out))
+    return base, concatenate(parts)

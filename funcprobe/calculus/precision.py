@@ -1,0 +1,50 @@
+"""Full precision in a scope: TF32, reduced-precision reductions and autocast off, then restored."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_REDUCTIONS = (
+    "allow_bf16_reduced_precision_reduction",
+    "allow_fp16_reduced_precision_reduction",
+)
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Computes in the dtype that the tensors have, whatever the caller's global settings are.
+
+    Within the scope float32 products are IEEE float32 and autocast is off on every device in use;
+    afterwards each setting is what it was.
+    """
+    products = [backend.fp32_precision for backend in _BACKENDS]
+    reductions = [getattr(torch.backends.cuda.matmul, name) for name in _REDUCTIONS]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    scopes = [torch.autocast(device, enabled=False) for device in devices]
+    try:
+        for backend in _BACKENDS:
+            backend.fp32_precision = "ieee"
+        for name in _REDUCTIONS:
+            setattr(torch.backends.cuda.matmul, name, False)
+        for scope in scopes:
+            scope.__enter__()
+        yield
+    finally:
+        for scope in reversed(scopes):
+            scope.__exit__(None, None, None)
+        for backend, value in zip(_BACKENDS, products, strict=True):
+            backend.fp32_precision = value
+        for name, value in zip(_REDUCTIONS, reductions, strict=True):
+            setattr(torch.backends.cuda.matmul, name, value)
+
+
+def settings() -> dict[str, str]:
+    """The effective settings here, for a report: products by backend, autocast."""
+    return {
+        "float32 matmul cuda": torch.backends.cuda.matmul.fp32_precision,
+        "float32 matmul cpu": torch.backends.mkldnn.matmul.fp32_precision,
+        "autocast cpu": str(torch.is_autocast_enabled("cpu")).lower(),
+        "autocast cuda": str(torch.is_autocast_enabled("cuda")).lower(),
+    }

@@ -1,0 +1,1 @@
+"""Tokens and models: batches, pure models, scores, objectives. Knows no updates."""

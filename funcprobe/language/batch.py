@@ -1,0 +1,191 @@
+"""A batch of prompts and responses as one NamedTuple of arrays, right-padded, rows leading."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Sequences and what an objective needs to know of them; every leaf has leading N.
+
+    N sequences, L positions, R response positions. Unknown floating fields are nan; what needs an
+    unknown field refuses by name.
+    """
+
+    tokens: Tensor  # [N, L] int64, prompt then response then padding
+    attention: Tensor  # [N, L] bool, True on prompt and response
+    position: Tensor  # [N, R] int64, index into L of the token that predicts response token k
+    response: Tensor  # [N, R] bool, True for k < T_i
+    group: Tensor  # [N] int64, prompt id: the unit of resampling
+    reward: Tensor  # [N] float64
+    advantage: Tensor  # [N] float64
+    weight: Tensor  # [N, R] float64, aggregation weights of the objective
+    old_logp: Tensor  # [N, R] float64, nats under the behaviour policy
+    ref_logp: Tensor  # [N, R] float64, nats under a KL reference
+
+    def rows(self, index) -> "Batch":
+        """The rows that `index` (a slice, an integer or boolean tensor) selects."""
+        return Batch(*(leaf[index] for leaf in self))
+
+    def to(self, device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(*(leaf.to(device) for leaf in self))
+
+
+def collate(
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    pad_id: int = 0,
+    group: Sequence[int] | Tensor | None = None,
+    reward: Sequence[float] | Tensor | None = None,
+    advantage: Sequence[float] | Tensor | None = None,
+    old_logp: Sequence[Sequence[float]] | Tensor | None = None,
+) -> Batch:
+    """Right-pads token ids into a `Batch`.
+
+    Lengths come from the lists, never from `pad_id`, so a pad id equal to the EOS id is safe. A
+    sampled EOS is part of the response: it is scored and counted.
+
+    Args:
+        prompts: N lists of token ids, none empty (a response token needs a token that predicts it).
+        responses: N lists of token ids; single ones may be empty, all may not.
+        pad_id: fills `tokens` past each row's end; its value changes no result.
+        group: [N] prompt ids; rows with equal prompts share one if not given.
+        reward, advantage: [N]; nan if not given.
+        old_logp: per row T_i nats (lists, or [N, R] with anything past T_i); nan if not given.
+
+    Raises:
+        ValueError: lengths disagree, a prompt is empty, or every response is.
+
+    >>> batch = collate([[5, 6], [7]], [[1, 2, 3], [4]], reward=[1.0, 0.0])
+    >>> batch.tokens.tolist()
+    [[5, 6, 1, 2, 3], [7, 4, 0, 0, 0]]
+    >>> batch.position.tolist()
+    [[1, 2, 3], [0, 0, 0]]
+    """
+    n = len(prompts)
+    _same_length("responses", responses, n)
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(
+            f"collate: every prompt must hold at least one token, rows {empty[:5]} are empty. "
+            "The first response token has nothing that predicts it. Prepend the BOS token."
+        )
+    if not any(len(response) for response in responses):
+        raise ValueError(
+            f"collate: at least one response token was expected, all {n} responses are empty. "
+            "Check where the prompt ends and that a sampled EOS is kept."
+        )
+    width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    steps = max(len(r) for r in responses)
+    tokens = torch.full((n, width), pad_id, dtype=torch.int64)
+    attention = torch.zeros(n, width, dtype=torch.bool)
+    position = torch.zeros(n, steps, dtype=torch.int64)
+    response = torch.zeros(n, steps, dtype=torch.bool)
+    for i, (p, r) in enumerate(zip(prompts, responses, strict=True)):
+        row = torch.tensor([*p, *r], dtype=torch.int64)
+        tokens[i, : len(row)] = row
+        attention[i, : len(row)] = True
+        position[i, : len(r)] = torch.arange(len(p) - 1, len(row) - 1)
+        response[i, : len(r)] = True
+    return Batch(
+        tokens=tokens,
+        attention=attention,
+        position=position,
+        response=response,
+        group=_groups(prompts) if group is None else _column("group", group, n, torch.int64),
+        reward=_column("reward", reward, n),
+        advantage=_column("advantage", advantage, n),
+        weight=torch.full((n, steps), torch.nan, dtype=torch.float64),
+        old_logp=_ragged("old_logp", old_logp, response),
+        ref_logp=torch.full((n, steps), torch.nan, dtype=torch.float64),
+    )
+
+
+def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
+    """Cuts a batch into blocks of rows of similar length, each trimmed to its longest row.
+
+    Args:
+        batch: N rows.
+        tokens: rows times positions of a block, at most; a longer single row is a block of its own.
+
+    Returns:
+        The blocks, and `order` [N] int64 with ``batch.rows(order)`` equal to the blocks one after
+        another, padding aside; `join` takes it to restore the rows' order.
+
+    >>> batch = collate([[5], [5], [5]], [[1, 2, 3, 4], [1], [1, 2]])
+    >>> blocks, order = by_length(batch, tokens=6)
+    >>> [tuple(block.tokens.shape) for block in blocks], order.tolist()
+    ([(1, 5), (2, 3)], [0, 2, 1])
+    """
+    if tokens < 1:
+        raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
+    length = batch.attention.sum(1)
+    order = torch.argsort(length, descending=True, stable=True)
+    blocks, start = [], 0
+    while start < len(order):
+        longest = max(int(length[order[start]]), 1)
+        stop = start + max(tokens // longest, 1)
+        blocks.append(trim(batch.rows(order[start:stop])))
+        start = stop
+    return blocks, order
+
+
+def trim(batch: Batch) -> Batch:
+    """Drops the positions and response slots that no row of the batch uses (at least one stays)."""
+    width = max(int(batch.attention.sum(1).max()), 1)
+    steps = max(int(batch.response.sum(1).max()), 1)
+    return batch._replace(
+        tokens=batch.tokens[:, :width],
+        attention=batch.attention[:, :width],
+        **{
+            name: getattr(batch, name)[:, :steps]
+            for name in ("position", "response", "weight", "old_logp", "ref_logp")
+        },
+    )
+
+
+def targets(batch: Batch) -> Tensor:
+    """The response tokens themselves, [N, R] int64, aligned on `position`; arbitrary past T_i."""
+    last = batch.tokens.shape[1] - 1
+    return batch.tokens.gather(1, (batch.position + 1).clamp(max=last))
+
+
+def lengths(batch: Batch) -> Tensor:
+    """Response lengths T_i, [N] int64."""
+    return batch.response.sum(1)
+
+
+def _same_length(name: str, values, n: int) -> None:
+    if len(values) != n:
+        raise ValueError(f"collate: {n} prompts but {len(values)} {name}; one each was expected.")
+
+
+def _column(name: str, values, n: int, dtype=torch.float64) -> Tensor:
+    if values is None:
+        return torch.full((n,), torch.nan, dtype=dtype)
+    _same_length(name, values, n)
+    return torch.as_tensor(values, dtype=dtype).clone()
+
+
+def _ragged(name: str, values, response: Tensor) -> Tensor:
+    out = torch.full(response.shape, torch.nan, dtype=torch.float64)
+    if values is None:
+        return out
+    _same_length(name, values, len(response))
+    for i, (row, length) in enumerate(zip(values, response.sum(1).tolist(), strict=True)):
+        if len(row) < length:
+            raise ValueError(
+                f"collate: {name} of row {i} has {len(row)} values for {length} response tokens. "
+                "A sampled EOS counts as one."
+            )
+        out[i, :length] = torch.as_tensor(row, dtype=torch.float64)[:length]
+    return out
+
+
+def _groups(prompts: Sequence[Sequence[int]]) -> Tensor:
+    ids: dict[tuple[int, ...], int] = {}
+    return torch.tensor([ids.setdefault(tuple(prompt), len(ids)) for prompt in prompts])

@@ -1,0 +1,1 @@
+"""Estimates and their errors from arrays. Sees no model."""
