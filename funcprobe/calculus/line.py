@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .precision import exact
 from .rows import default_rows
@@ -16,6 +15,7 @@ from .tree import (
     check_direction,
     check_nan,
     concatenate,
+    merge,
     tree_map,
 )
 
@@ -143,21 +143,9 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
     first = sweeps[0]
     if any(not torch.equal(first.etas, other.etas) for other in sweeps[1:]):
         raise ValueError("join: the sweeps must share their etas; these are of different ones.")
-    back = None if order is None else torch.argsort(order)
-
-    def together(dim: int, trees: list):
-        def leaf(*xs: Tensor) -> Tensor:
-            width = max(x.shape[-1] for x in xs)
-            if xs[0].ndim > dim + 1:
-                xs = [pad(x, (0, width - x.shape[-1])) for x in xs]
-            out = torch.cat(list(xs), dim)
-            return out if back is None else out.index_select(dim, back.to(out.device))
-
-        return tree_map(leaf, *trees)
-
     return first._replace(
-        base=together(0, [s.base for s in sweeps]),
-        change=together(1, [s.change for s in sweeps]),
+        base=merge([s.base for s in sweeps], order),
+        change=merge([s.change for s in sweeps], order, dim=1),
         bound=torch.stack([s.bound for s in sweeps]).amax(0),
     )
 

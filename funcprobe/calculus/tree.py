@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import optree
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Params = dict[str, Tensor]
 
@@ -132,6 +133,27 @@ def size(batch) -> int:
 def concatenate(trees: Sequence, dim: int = 0):
     """Trees of the same structure joined along `dim`."""
     return trees[0] if len(trees) == 1 else tree_map(lambda *xs: torch.cat(xs, dim), *trees)
+
+
+def merge(trees: Sequence, order: Tensor | None = None, dim: int = 0):
+    """Results of blocks of rows as those of all rows, in the rows' original order.
+
+    Args:
+        trees: one per block, leaves with the block's rows on axis `dim`; where blocks were trimmed
+            differently, the last axis is padded with zeros to the widest.
+        order: [N] the original row of each row of the blocks, as `by_length` gives it; None keeps
+            the blocks' order.
+    """
+    back = None if order is None else torch.argsort(order)
+
+    def leaf(*parts: Tensor) -> Tensor:
+        if parts[0].ndim > dim + 1:
+            width = max(part.shape[-1] for part in parts)
+            parts = [pad(part, (0, width - part.shape[-1])) for part in parts]
+        out = torch.cat(parts, dim)
+        return out if back is None else out.index_select(dim, back.to(out.device))
+
+    return tree_map(leaf, *trees)
 
 
 def check_nan(where: str, tree, dim: int = 0) -> None:

@@ -50,7 +50,7 @@ class Model:
         Right padding lies in every token's future, so the causal mask alone is exact.
         """
         tensors = {f"whole.{name}": tensor for name, tensor in (base | params).items()}
-        with self._precision():
+        with self.precision():
             states = functional_call(
                 self._body,
                 tensors,
@@ -66,12 +66,13 @@ class Model:
             own: params[name] if name in params else base[name]
             for own, name in self._head_names.items()
         }
-        with self._precision():
+        with self.precision():
             return functional_call(
                 self._head, tensors, (), {"inputs_embeds": hidden, "use_cache": False}, strict=True
             ).logits
 
-    def _precision(self):
+    def precision(self):
+        """The scope its functions compute in: float64 throughout, or nothing."""
         return Float64() if self.float64 else nullcontext()
 
 
@@ -279,7 +280,7 @@ def _self_check(model: Model, params: Params, base: Params) -> None:
     batch = collate([[1, 2, 3]], [[2, 1, 3]]).to(device)
     with torch.no_grad():
         ours = logits(model, params, base, batch)
-        with model._precision():
+        with model.precision():
             whole = functional_call(
                 model.skeleton,
                 base | params,

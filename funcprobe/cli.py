@@ -1,0 +1,183 @@
+"""The command line: ``funcprobe probe``, on the bundled checkpoint or on one's own."""
+
+import sys
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from .checkpoint import load_checkpoint
+from .probe import probe
+from .records import read_batch, read_sampling
+
+_DTYPES = {"float64": torch.float64, "float32": torch.float32}
+_USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
+
+What one AdamW step would do to the model's entropy. Without options, on the bundled checkpoint.
+`funcprobe probe --help` lists the options; a YAML file holds the same names.
+"""
+
+
+@dataclass
+class ProbeArguments:
+    """What `funcprobe probe` takes, as flags or as the keys of a YAML file."""
+
+    checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Trainer/TRL checkpoint folder; the bundled one if not given."},
+    )
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, folder or .gguf file; adapter_config.json's if not given."},
+    )
+    update: str | None = field(default=None, metadata={"help": "U, a file of JSON lines."})
+    evaluation: str | None = field(default=None, metadata={"help": "E, a file of JSON lines."})
+    etas: str = field(
+        default="0,0.25x,0.5x,1x,2x,4x",
+        metadata={"help": "Learning rates: 0.5x of the checkpoint's, or absolute, 1e-6."},
+    )
+    recipe: str = field(
+        default="dr_grpo", metadata={"help": "reinforce, rloo, grpo, dr_grpo or dapo."}
+    )
+    per: str = field(
+        default="token",
+        metadata={"help": "Entropy per token or per sequence.", "choices": ["token", "sequence"]},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "dr_grpo's divisor in tokens; U's longest response if not given."},
+    )
+    dtype: str = field(
+        default="float64",
+        metadata={"help": "Precision: float64 or float32.", "choices": ["float64", "float32"]},
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, cuda, ...; cuda where there is one if not given."}
+    )
+    optimizer: str = field(
+        default="saved",
+        metadata={"help": "The saved state, or a fresh one.", "choices": ["saved", "fresh"]},
+    )
+    lr: float | None = field(default=None, metadata={"help": "Overrides the saved learning rate."})
+    max_grad_norm: float = field(
+        default=1.0,
+        metadata={"help": "Gradient clipping, which checkpoints do not save; 0 is off."},
+    )
+    tokens: int = field(default=4096, metadata={"help": "Positions computed at once."})
+    output: str = field(default="probe", metadata={"help": "Folder for report.json and the rest."})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, 0 or 2 on bad input."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0
+    try:
+        if command != "probe":
+            raise ValueError(f"unknown command {command!r}; there is 'probe'.")
+        _probe(_parse(rest))
+    except (ValueError, OSError) as error:
+        print(f"funcprobe: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_etas(text: str, lr: float) -> list[float]:
+    """Learning rates from text: ``1x`` in units of `lr`, plain numbers absolute.
+
+    >>> parse_etas("0, 0.5x, 1e-6", 2e-5)
+    [0.0, 1e-05, 1e-06]
+    """
+    etas = []
+    for word in str(text).split(","):
+        word = word.strip()
+        try:
+            etas.append(float(word[:-1]) * lr if word.endswith("x") else float(word))
+        except ValueError:
+            raise ValueError(
+                "etas: numbers such as 0.5x (of the learning rate) or 1e-6, separated by commas, "
+                f"were expected, found {word!r}."
+            ) from None
+    return etas
+
+
+def _parse(words: list[str]) -> ProbeArguments:
+    parser = HfArgumentParser(ProbeArguments, prog="funcprobe probe")
+    parser.add_argument("--config", help="A YAML file of these options; flags override it.")
+    config = parser.parse_known_args(words)[0].config
+    if config is not None:
+        parser.set_defaults(**_read_config(config))
+    values = vars(parser.parse_args(words))
+    values.pop("config")
+    return ProbeArguments(**values)
+
+
+def _read_config(path: str) -> dict:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: a mapping of options was expected.")
+    names = [option.name for option in fields(ProbeArguments)]
+    unknown = sorted(set(settings) - set(names))
+    if unknown:
+        raise ValueError(f"{path}: unknown options {unknown}; there are {names}.")
+    if isinstance(settings.get("etas"), list):
+        settings["etas"] = ",".join(map(str, settings["etas"]))
+    return settings
+
+
+def _probe(arguments: ProbeArguments) -> None:
+    path, update, evaluation = _inputs(arguments)
+    etas = arguments.etas
+    parse_etas(etas, 1.0)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = load_checkpoint(
+        path,
+        base_model=arguments.base_model,
+        dtype=_DTYPES[arguments.dtype],
+        device=device,
+        max_grad_norm=arguments.max_grad_norm or None,
+        optimizer=arguments.optimizer,
+        lr=arguments.lr,
+    )
+    sampling = read_sampling(evaluation)
+    if sampling is not None:
+        checkpoint = replace(checkpoint, sampling=sampling)
+    report = probe(
+        checkpoint,
+        read_batch(update, checkpoint.tokenizer),
+        read_batch(evaluation, checkpoint.tokenizer),
+        lambda lr: parse_etas(etas, lr),
+        recipe=arguments.recipe,
+        per=arguments.per,
+        max_length=arguments.max_length,
+        tokens=arguments.tokens,
+        progress=True,
+    )
+    written = report.save(arguments.output)
+    print(report)
+    print("wrote " + ", ".join(map(str, written)))
+
+
+def _inputs(arguments: ProbeArguments) -> tuple[Path, Path, Path]:
+    given = (arguments.checkpoint, arguments.update, arguments.evaluation)
+    if all(value is None for value in given):
+        return bundled()
+    if None in given:
+        raise ValueError(
+            "--checkpoint, --update and --evaluation go together; give all three, or none for the "
+            "bundled checkpoint."
+        )
+    return tuple(map(Path, given))
+
+
+def bundled() -> tuple[Path, Path, Path]:
+    """The bundled checkpoint's folder and its U and E, files of JSON lines."""
+    data = Path(str(files("funcprobe"))) / "data"
+    return next(data.glob("checkpoint-*")), data / "update.jsonl", data / "evaluation.jsonl"

@@ -1,0 +1,200 @@
+"""The mixed probe: the update a batch U would cause, and what it does to the entropy on E."""
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from tqdm.auto import tqdm
+
+from .calculus.line import join, sweep_blocks
+from .calculus.precision import exact, settings
+from .calculus.rows import evaluate
+from .calculus.step import adamw, direction, gradient
+from .calculus.taylor import taylor
+from .calculus.tree import Params, add_scaled, merge, norm
+from .language.batch import Batch, by_length, lengths
+from .language.objectives import Recipe, objective, prepare
+from .language.score import scorer
+from .report import Report
+from .statistics.change import entropy_change, entropy_series
+from .statistics.validity import doubts
+
+MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
+
+
+def probe(
+    checkpoint,
+    update: Batch,
+    evaluation: Batch,
+    etas: Sequence[float] | Tensor | Callable[[float], Sequence[float]] | None = None,
+    *,
+    recipe: str | Recipe = "dr_grpo",
+    per: str = "token",
+    max_length: int | None = None,
+    tokens: int = 4096,
+    lanes: int = 8,
+    progress: bool = False,
+) -> Report:
+    """What one AdamW step on `update` would do to the entropy of the responses in `evaluation`.
+
+    Composes the pure functions: v from U and the saved state, the sweep of ``params + eta v`` over
+    E, SNIS, and the slope from the same v on the same rows. Nothing is stepped or changed; a
+    checksum of all weights before and after says so.
+
+    Args:
+        checkpoint: from `load_checkpoint`.
+        update: U, with rewards or advantages, complete prompt groups. Without old_logp it is taken
+            to be sampled at the checkpoint.
+        evaluation: E, the model's own responses at the checkpoint.
+        etas: learning rates; a function gets the reference rate and returns them; the default is
+            0, 0.25, 0.5, 1, 2 and 4 times that rate.
+        recipe: the objective of the update.
+        per: the entropy's unit, "token" or "sequence".
+        max_length: the divisor of recipes with a constant one, in tokens.
+        tokens: rows times positions times lanes of a block, at most. It bounds memory.
+        lanes: parameter points per block, at most; see `changes`.
+        progress: show bars on standard error.
+
+    Raises:
+        ValueError: batches, rates or state that do not fit; see the functions composed.
+    """
+    params, base = checkpoint.params, checkpoint.base
+    device = next(iter(params.values())).device
+    update, evaluation = update.to(device), evaluation.to(device)
+    support = params if checkpoint.sampling.top_p < 1 else None
+    score = scorer(checkpoint.model, base, sampling=checkpoint.sampling, support=support)
+    clock = _Clock()
+    before = checksum(base | params)
+    clock("checksum")
+
+    def blocks(batch: Batch, name: str, lanes: int = 1):
+        parts, order = by_length(batch, tokens=max(tokens // lanes, 1))
+        return tqdm(parts, name, disable=not progress), order
+
+    if update.old_logp[update.response].isnan().any():
+        parts, order = blocks(update, "log-probabilities of U")
+        scores = [evaluate(score, params, part, rows=len(part.tokens)) for part in parts]
+        update = update._replace(old_logp=_widen(merge(scores, order).logp.double(), update))
+    update = prepare(update, recipe, max_length=max_length)
+    loss, grads = objective(score, recipe), None
+    for part in blocks(update, "gradient of U")[0]:
+        some = gradient(loss, params, part, rows=len(part.tokens))
+        grads = some if grads is None else add_scaled(grads, some)
+    step = adamw(grads, params, checkpoint.state, **checkpoint.adamw)
+    v = direction(step, grads)
+    clock("update direction")
+
+    lr = float(step.lr)
+    etas = [lr * m for m in MULTIPLES] if etas is None else etas(lr) if callable(etas) else etas
+    lanes = min(lanes, len(torch.as_tensor(etas).flatten()) + 1)
+    parts, order = blocks(evaluation, "sweep over E", lanes)
+    # One call a block of rows: rows= takes every row of it at once.
+    same = {"rows": len(evaluation.tokens), "lanes": lanes}
+    swept = join(sweep_blocks(score, params, v, etas, parts, **same), order)
+    clock("sweep")
+    parts, order = blocks(evaluation, "slope on E")
+    terms = merge([taylor(score, params, v, part, rows=len(part.tokens)) for part in parts], order)
+    clock("slope")
+
+    change = entropy_change(swept, evaluation, per=per)
+    series = entropy_series(terms, evaluation, per=per)
+    after = checksum(base | params)
+    clock("statistics and checksum")
+    with exact():
+        precision = settings()
+    return Report(
+        change=change,
+        series=series,
+        lr=lr,
+        about={
+            "checkpoint": {
+                "step": checkpoint.step,
+                "optimizer state": checkpoint.match,
+                "notes": list(checkpoint.notes),
+                "dtype": str(next(iter(params.values())).dtype).removeprefix("torch."),
+                "trainable parameters": sum(p.numel() for p in params.values()),
+                "sampling": asdict(checkpoint.sampling),
+            },
+            "update": _sizes(update)
+            | {
+                "recipe": recipe if isinstance(recipe, str) else asdict(recipe),
+                "gradient norm": float(norm(grads)),
+                "clip": float(step.clip),
+                "norm of v": float(norm(v)),
+                "norm of v from momentum": float(norm(step.momentum)),
+                "norm of v from decay": float(norm(step.decay)),
+            },
+            "evaluation": _sizes(evaluation),
+            "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
+            "precision": precision,
+            "seconds": clock.seconds,
+        },
+        flags=(*doubts(change), *_doubts(checkpoint, swept, evaluation)),
+        arrays={
+            "base.logp": swept.base.logp,
+            "base.entropy": swept.base.entropy,
+            "change.logp": swept.change.logp,
+            "change.entropy": swept.change.entropy,
+            "slope.logp": terms[1].logp,
+            "slope.entropy": terms[1].entropy,
+            "response": evaluation.response,
+            "group": evaluation.group,
+        },
+    )
+
+
+def checksum(tensors: Params) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the tensors, sorted by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class _Clock:
+    """Seconds between calls, by name."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _widen(values: Tensor, batch: Batch) -> Tensor:
+    return pad(values, (0, batch.response.shape[1] - values.shape[1]))
+
+
+def _sizes(batch: Batch) -> dict[str, int]:
+    return {
+        "prompts": len(batch.group.unique()),
+        "responses": len(batch.group),
+        "response tokens": int(lengths(batch).sum()),
+    }
+
+
+def _doubts(checkpoint, swept, evaluation: Batch) -> list[str]:
+    """What only the probe can see: E from another policy, changes below rounding."""
+    found = []
+    off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
+    if (off > 0.05).any():
+        found.append(
+            f"E's recorded log-probabilities differ from the checkpoint's by up to "
+            f"{float(off[~off.isnan()].max()):.2g} nats a token: E was not sampled from this "
+            "policy, or the base model, its precision or the sampling settings differ. Sample E "
+            "from this checkpoint."
+        )
+    if swept.base.logp.dtype != torch.float64:
+        found.append(
+            "computed in float32: its rounding drowns the change at small eta (below about 1e-5). "
+            "Load the checkpoint in float64."
+        )
+    return found

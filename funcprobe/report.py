@@ -1,0 +1,230 @@
+"""Results for people and programs: a table, JSON beside safetensors, and plots."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from .records import write_atomically
+from .statistics.change import Estimate, Series
+from .statistics.validity import ratio, reach
+
+WITHIN = 0.1  # the line "holds" while the change is within a tenth of it
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a probe measured. Prints as a table; `save` writes JSON, safetensors and a plot."""
+
+    change: Estimate
+    series: Series
+    lr: float  # the reference learning rate that v is relative to
+    about: dict[str, Any]  # checkpoint, batches, update, precision, checksums, seconds
+    flags: tuple[str, ...] = ()  # statistical doubts, each with its remedy
+    arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)  # per-token results
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, as plain numbers and strings; nan becomes None."""
+        change, law = self.change, ratio(self.change, self.series)
+        rows = [
+            {
+                "eta": float(change.etas[k]),
+                "learning_rates": float(change.etas[k]) / self.lr,
+                "entropy": float(change.base + change.value[k]),
+                "change": float(change.value[k]),
+                "change_stderr": float(change.stderr[k]),
+                "predicted": float(self.series.predict(change.etas)[k]),
+                "over_line": float(law.value[k]),
+                "over_line_stderr": float(law.stderr[k]),
+                "ess": float(change.ess[k]),
+                "khat": float(change.khat[k]),
+                "mean_weight": float(change.mean_weight[k]),
+                "least_weight": float(change.weight_range[k, 0]),
+                "largest_weight": float(change.weight_range[k, 1]),
+            }
+            for k in range(len(change.etas))
+        ]
+        return _plain(
+            {
+                "unit": f"nats/{change.per}",
+                "entropy": float(change.base),
+                "entropy_stderr": float(change.base_stderr),
+                "slope": float(self.series.value[0]),
+                "slope_stderr": float(self.series.stderr[0]),
+                "lr": self.lr,
+                "etas": rows,
+                "flags": list(self.flags),
+                "about": self.about,
+            }
+        )
+
+    def save(self, folder) -> list[Path]:
+        """Writes report.json, report.safetensors and, with matplotlib, report.png into `folder`."""
+        folder = Path(folder)
+        tensors = {f"change.{n}": x for n, x in _tensors(self.change)}
+        tensors |= {f"series.{n}": x for n, x in _tensors(self.series)}
+        tensors |= self.arrays
+        written = [folder / "report.safetensors", folder / "report.json"]
+        write_atomically(
+            written[0], save_tensors({n: x.detach().cpu().contiguous() for n, x in tensors.items()})
+        )
+        write_atomically(written[1], (json.dumps(self.to_dict(), indent=1) + "\n").encode())
+        try:
+            import matplotlib.figure
+        except ImportError:
+            return written
+        figure = matplotlib.figure.Figure(figsize=(10, 4), dpi=150, layout="constrained")
+        self.plot(figure.subplots(1, 2))
+        part = folder / "report.png.part"
+        figure.savefig(part, format="png")
+        part.replace(folder / "report.png")
+        return [*written, folder / "report.png"]
+
+    def plot(self, axes) -> None:
+        """Draws the change with its line, and the change over the line, on two Axes."""
+        left, right = axes
+        plot(self.change, self.series, ax=left, unit=self.lr)
+        plot_ratio(self.change, self.series, ax=right, unit=self.lr)
+
+    def __str__(self) -> str:
+        data = self.to_dict()
+        unit = data["unit"]
+        head = (
+            f"H = {data['entropy']:.4f} +- {_short(data['entropy_stderr'])} {unit}    "
+            f"slope = {data['slope']:.4g} +- {_short(data['slope_stderr'])} {unit} per unit of eta"
+            f"    lr = {self.lr:.3g}"
+        )
+        columns = ("eta/lr", "eta", "dH", "+-", "line", "dH/line-1", "+-", "ESS", "k-hat", "mean w")
+        lines = [
+            (
+                f"{row['learning_rates']:.4g}",
+                f"{row['eta']:.3g}",
+                f"{row['change']:+.3e}",
+                _short(row["change_stderr"]),
+                f"{row['predicted']:+.3e}",
+                _percent(row["over_line"]),
+                _percent(row["over_line_stderr"], sign=False),
+                f"{row['ess']:.0f}/{self.change.rows}",
+                "-" if row["khat"] is None else f"{row['khat']:.2f}",
+                f"{row['mean_weight']:.4f}",
+            )
+            for row in data["etas"]
+        ]
+        out = [head, "", *_table(columns, lines), "", self.verdict()]
+        out += [f"! {flag}" for flag in self.flags]
+        return "\n".join(out)
+
+    def verdict(self) -> str:
+        """Up to which eta the line was seen to hold, in a sentence."""
+        to, beyond = reach(ratio(self.change, self.series), self.change.etas, within=WITHIN)
+        words = f"The line is within {WITHIN:.0%} (pointwise 95% intervals) "
+        words += "nowhere for sure" if to is None else f"up to eta = {to / self.lr:.4g} lr"
+        return words + (
+            "." if beyond is None else f", and surely off it at {beyond / self.lr:.4g} lr."
+        )
+
+
+def plot(change: Estimate, series: Series | None = None, *, ax=None, unit: float | None = None):
+    """Draws the entropy change against eta with 95% intervals, and the predicted line through it.
+
+    Args:
+        change: from `entropy_change`.
+        series: from `entropy_series`; its polynomial is drawn with a 95% band.
+        ax: matplotlib Axes; a new figure's if not given.
+        unit: the learning rate that etas are shown in; absolute if not given.
+
+    Returns:
+        The Axes.
+    """
+    ax = _axes(ax)
+    scale = unit or 1.0
+    x = change.etas / scale
+    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
+    if series is not None:
+        span = torch.linspace(
+            min(float(change.etas.min()), 0), max(float(change.etas.max()), 0), 101
+        )
+        span = span.double()
+        line, error = series.predict(span), 1.96 * series.predict_stderr(span)
+        ax.plot(span / scale, line, color="C1", label=_name(series))
+        ax.fill_between(span / scale, line - error, line + error, color="C1", alpha=0.15, lw=0)
+    ax.errorbar(
+        x,
+        change.value,
+        1.96 * change.stderr,
+        fmt="o",
+        ms=4,
+        capsize=3,
+        color="C0",
+        label="measured",
+    )
+    ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
+    ax.set_ylabel(f"entropy change [nats/{change.per}]")
+    ax.ticklabel_format(axis="y", scilimits=(-3, 3))
+    ax.legend(frameon=False)
+    return ax
+
+
+def plot_ratio(change: Estimate, series: Series, *, ax=None, unit: float | None = None):
+    """Draws the change over its line, less 1, with joint 95% intervals; returns the Axes."""
+    ax = _axes(ax)
+    law = ratio(change, series)
+    shown = change.etas != 0
+    x = (change.etas / (unit or 1.0))[shown]
+    ax.axhspan(
+        -100 * WITHIN, 100 * WITHIN, color="C1", alpha=0.15, lw=0, label="within 10% of the line"
+    )
+    ax.axhline(0, color="C1")
+    ax.errorbar(
+        x, 100 * law.value[shown], 196 * law.stderr[shown], fmt="o", ms=4, capsize=3, color="C0"
+    )
+    ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
+    ax.set_ylabel("measured over predicted, less 1 [%]")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _axes(ax):
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(5, 4), layout="constrained")[1]
+
+
+def _name(series: Series) -> str:
+    return "predicted" if len(series.value) == 1 else f"predicted, order {len(series.value)}"
+
+
+def _tensors(estimate: Estimate | Series):
+    return [(n, x) for n, x in estimate._asdict().items() if isinstance(x, Tensor)]
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (columns, *rows)
+    ]
+
+
+def _short(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _percent(value: float | None, sign: bool = True) -> str:
+    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}%"
+
+
+def _plain(value):
+    """JSON has no nan: None stands for it."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
