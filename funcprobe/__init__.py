@@ -19,8 +19,14 @@ from .calculus.step import (
 )
 from .calculus.taylor import taylor
 from .calculus.tree import add_scaled, dot, norm, shift, stack
+from .checkpoint import Checkpoint, load_checkpoint
 from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
 from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import Sampling, Scores, scorer
+from .probe import probe
+from .records import read_batch, write_batch
+from .report import Report, plot, plot_ratio
+from .rollout import rollout
 from .statistics.change import Estimate, Series, entropy_change, entropy_series
+from .statistics.validity import Ratio, ratio

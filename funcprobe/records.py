@@ -18,6 +18,9 @@ def write_batch(path, batch: Batch, *, tokenizer=None, sampling: Sampling | None
     of reward, advantage and old_logp (nats, one a token), the texts if a tokenizer is given, and
     the sampling settings if they are.
     """
+    known = {
+        name: not getattr(batch, name).isnan().all() for name in ("reward", "advantage", "old_logp")
+    }
     lines = []
     for i, steps in enumerate(lengths(batch).tolist()):
         row = batch.tokens[i, batch.attention[i]].tolist()
@@ -28,12 +31,14 @@ def write_batch(path, batch: Batch, *, tokenizer=None, sampling: Sampling | None
                 "prompt": tokenizer.decode(row[:start]),
                 "completion": tokenizer.decode(row[start:], skip_special_tokens=True),
             } | record
-        for name in ("reward", "advantage"):
-            value = float(getattr(batch, name)[i])
-            record |= {} if math.isnan(value) else {name: value}
         record["group"] = int(batch.group[i])
-        logp = batch.old_logp[i, :steps].tolist()
-        record |= {} if any(map(math.isnan, logp)) else {"old_logp": logp}
+        for name in ("reward", "advantage"):
+            if known[name]:
+                value = float(getattr(batch, name)[i])
+                record[name] = None if math.isnan(value) else value
+        if known["old_logp"]:
+            logp = batch.old_logp[i, :steps].tolist()
+            record["old_logp"] = None if any(map(math.isnan, logp)) else logp
         lines.append(json.dumps(record | ({"sampling": asdict(sampling)} if sampling else {})))
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
@@ -45,7 +50,7 @@ def read_batch(path, tokenizer=None) -> Batch:
     completion (``completion_ids``, or ``completion``: a text). Texts need the tokenizer; a text
     completion is taken to have ended with EOS unless the line says ``"truncated": true``. Optional
     are reward, advantage, group (default: equal prompts share one) and old_logp (nats, one a
-    token, of ``completion_ids``).
+    token, of ``completion_ids``); null stands for unknown.
 
     Raises:
         ValueError: no rows, a malformed line (its number is named), a field only some lines have.
@@ -158,4 +163,8 @@ def _field(path, records: Sequence[dict], name: str) -> list | None:
             f"read_batch: {path}: {name} must stand in every line or in none, "
             f"row {having.index(False)} lacks it."
         )
-    return [record[name] for record in records] if all(having) else None
+    if not all(having):
+        return None
+    unknown = [math.nan] * max(len(record.get("completion_ids", [])) for record in records)
+    unknown = unknown if name == "old_logp" else math.nan
+    return [unknown if record[name] is None else record[name] for record in records]

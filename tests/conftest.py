@@ -1,0 +1,22 @@
+"""The bundled checkpoint and its batches, loaded once."""
+
+import pytest
+import torch
+
+import funcprobe as fp
+from funcprobe.cli import bundled
+
+
+@pytest.fixture(scope="session")
+def checkpoint():
+    return fp.load_checkpoint(bundled()[0], dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def update(checkpoint):
+    return fp.read_batch(bundled()[1], checkpoint.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def evaluation(checkpoint):
+    return fp.read_batch(bundled()[2], checkpoint.tokenizer)

@@ -1,0 +1,240 @@
+"""The mixed probe against a plain in-place loop with a real optimizer, and what it reports."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import funcprobe as fp
+from funcprobe.probe import checksum
+
+
+@pytest.fixture(scope="module")
+def small(update, evaluation):
+    return update.rows(update.group < 6), evaluation.rows(evaluation.group < 16)
+
+
+@pytest.fixture(scope="module")
+def report(checkpoint, small):
+    return fp.probe(checkpoint, *small)
+
+
+def in_place(checkpoint, update, evaluation, multiple: float) -> tuple[float, float]:
+    """Entropy and its change by writing a real AdamW step into a live module, row by row."""
+    module = fp.assemble(checkpoint.model, checkpoint.params, checkpoint.base)
+    module = copy.deepcopy(module)
+    own = {name: p for name, p in module.named_parameters() if name in checkpoint.params}
+    reward = update.reward
+    for i in range(len(reward)):
+        same = update.group == update.group[i]
+        advantage = reward[i] - reward[same].mean()
+        logp, _ = score_row(module, update, i)
+        loss = -(advantage * logp).sum() / (len(reward) * update.response.shape[1])
+        loss.backward()
+    settings = dict(checkpoint.adamw)
+    torch.nn.utils.clip_grad_norm_(list(own.values()), settings.pop("max_grad_norm"))
+    settings["lr"] *= multiple
+    optimizer = torch.optim.AdamW(own.values(), **settings)
+    state = checkpoint.state
+    for name, p in own.items():
+        optimizer.state[p] = {
+            "step": state.count[name].clone(),
+            "exp_avg": state.mu[name].clone(),
+            "exp_avg_sq": state.nu[name].clone(),
+        }
+    rows = range(len(evaluation.group))
+    with torch.no_grad():
+        old = [score_row(module, evaluation, i) for i in rows]
+        optimizer.step()
+        new = [score_row(module, evaluation, i) for i in rows]
+    weight = [float((b[0].sum() - a[0].sum()).exp()) for a, b in zip(old, new, strict=True)]
+    length = [len(a[0]) for a in old]
+    before = sum(float(a[1].sum()) for a in old) / sum(length)
+    total = sum(w * float(b[1].sum()) for w, b in zip(weight, new, strict=True))
+    return before, total / sum(w * t for w, t in zip(weight, length, strict=True)) - before
+
+
+def score_row(module, batch, i: int):
+    tokens = batch.tokens[i, batch.attention[i]]
+    steps = int(batch.response[i].sum())
+    logp = module(input_ids=tokens[None]).logits[0, -steps - 1 : -1].log_softmax(-1)
+    return logp.gather(1, tokens[-steps:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def test_the_probe_is_a_real_step_written_in_place(checkpoint, small, report):
+    with checkpoint.model.precision():
+        for k, multiple in ((3, 1.0), (5, 4.0)):
+            before, change = in_place(checkpoint, *small, multiple)
+            assert math.isclose(before, float(report.change.base), rel_tol=1e-10)
+            assert math.isclose(change, float(report.change.value[k]), rel_tol=1e-6)
+
+
+def test_the_probe_composes_the_public_functions(checkpoint, small, report):
+    update, evaluation = small
+    score = fp.scorer(checkpoint.model, checkpoint.base)
+    loss = fp.objective(score, "dr_grpo")
+    update = fp.prepare(update, "dr_grpo")
+    grads = fp.gradient(loss, checkpoint.params, update)
+    step = fp.adamw(grads, checkpoint.params, checkpoint.state, **checkpoint.adamw)
+    v = fp.direction(step, grads)
+    etas = step.lr * torch.tensor([0, 0.25, 0.5, 1, 2, 4], dtype=torch.float64)
+    change = fp.entropy_change(fp.sweep(score, checkpoint.params, v, etas, evaluation), evaluation)
+    law = fp.entropy_series(fp.taylor(score, checkpoint.params, v, evaluation), evaluation)
+    assert torch.allclose(change.value, report.change.value, rtol=1e-9, atol=1e-14)
+    assert torch.allclose(change.stderr, report.change.stderr, rtol=1e-9, atol=1e-14)
+    assert torch.allclose(law.value, report.series.value, rtol=1e-9)
+
+
+def test_blocks_and_lanes_change_nothing(checkpoint, small, report):
+    other = fp.probe(checkpoint, *small, tokens=300, lanes=2)
+    assert torch.allclose(other.change.value, report.change.value, rtol=1e-9, atol=1e-14)
+    assert torch.allclose(other.series.psi, report.series.psi, rtol=1e-8, atol=1e-12)
+
+
+def test_the_weights_are_as_before(checkpoint, small, report):
+    weights = report.about["weights"]
+    assert weights["same"] and weights["sha256 before"] == checksum(
+        checkpoint.base | checkpoint.params
+    )
+    name = next(iter(checkpoint.params))
+    nudged = checkpoint.params | {name: checkpoint.params[name].clone()}
+    nudged[name].view(-1)[0] += 1e-12
+    assert checksum(checkpoint.base | nudged) != weights["sha256 before"]
+
+
+def test_entropy_falls_and_the_slope_is_the_small_eta_limit(checkpoint, small, report):
+    assert report.change.value[3] < 0 and report.series.value[0] < 0
+    tiny = fp.probe(checkpoint, *small, lambda lr: [1e-6 * lr])
+    assert math.isclose(
+        float(tiny.change.value[0] / tiny.change.etas[0]),
+        float(report.series.value[0]),
+        rel_tol=1e-4,
+    )
+    assert torch.equal(report.change.value[:1], torch.zeros(1, dtype=torch.float64))
+    assert float(report.change.ess[0]) == pytest.approx(report.change.rows)
+
+
+def test_missing_old_logp_means_on_policy(checkpoint, small, report):
+    update = small[0]._replace(old_logp=torch.full_like(small[0].old_logp, torch.nan))
+    other = fp.probe(checkpoint, update, small[1])
+    assert torch.allclose(other.change.value, report.change.value, rtol=1e-5, atol=1e-12)
+
+
+def test_per_sequence_and_top_p(checkpoint, small):
+    sampling = fp.Sampling(0.8, 0.9)
+    tuned = dataclasses.replace(checkpoint, sampling=sampling)
+    drawn = fp.rollout(tuned, ["3+4=", "8+8+1="], samples=6, max_new_tokens=24, seed=0)
+    result = fp.probe(tuned, small[0], drawn, [0.0, 1e-5], recipe="reinforce", per="sequence")
+    assert result.about["checkpoint"]["sampling"] == {"temperature": 0.8, "top_p": 0.9}
+    assert "nats/sequence" in str(result)
+    assert not result.flags
+
+
+def test_responses_of_another_policy_are_flagged(checkpoint, small):
+    hot = fp.rollout(
+        checkpoint,
+        ["3+4+1=", "8+8+1="],
+        samples=4,
+        max_new_tokens=24,
+        seed=0,
+        sampling=fp.Sampling(2.0),
+    )
+    flags = fp.probe(checkpoint, small[0], hot, [1e-6]).flags
+    assert any("not sampled from this policy" in flag for flag in flags)
+
+
+def test_a_single_prompt_has_no_error_and_says_so(checkpoint, small):
+    one = small[1].rows(small[1].group == small[1].group[0])
+    result = fp.probe(checkpoint, small[0], one, [0.0, 1e-5])
+    assert result.change.stderr.isnan().all()
+    assert any("share one prompt" in flag for flag in result.flags)
+    assert json.loads(json.dumps(result.to_dict()))["etas"][1]["change_stderr"] is None
+
+
+def test_the_report_saves_what_it_shows(report, tmp_path):
+    paths = report.save(tmp_path / "new" / "folder")
+    assert sorted(p.name for p in paths) == ["report.json", "report.png", "report.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(
+        p.name for p in paths
+    )
+    data = json.loads(paths[1].read_text())
+    assert data == report.to_dict()
+    assert [row["learning_rates"] for row in data["etas"]] == pytest.approx([0, 0.25, 0.5, 1, 2, 4])
+    assert data["etas"][0]["khat"] is None and data["about"]["weights"]["same"] is True
+    arrays = load_file(paths[0])
+    assert torch.equal(arrays["change.value"], report.change.value)
+    assert arrays["change.logp"].shape == (6, *arrays["response"].shape)
+
+
+def test_the_table_shows_every_eta_and_the_verdict(report):
+    text = str(report)
+    assert len([line for line in text.splitlines() if f"/{report.change.rows}" in line]) == 6
+    assert "The line is within 10%" in text and "nats/token" in text
+
+
+def test_plot_takes_axes_and_draws_points_line_and_band(report):
+    import matplotlib.figure
+
+    ax = matplotlib.figure.Figure().subplots()
+    assert fp.plot(report.change, report.series, ax=ax) is ax
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["predicted", "measured"]
+    line = next(line for line in ax.lines if line.get_label() == "predicted")
+    x, y = line.get_data()
+    assert float(y[-1] / x[-1]) == pytest.approx(float(report.series.value[0]))
+    alone = fp.plot(report.change, ax=matplotlib.figure.Figure().subplots())
+    assert len(alone.get_legend().get_texts()) == 1
+
+
+@pytest.mark.parametrize(
+    ("etas", "complaint"), [([float("nan")], "finite etas"), ([], "finite etas")]
+)
+def test_bad_etas_are_refused(checkpoint, small, etas, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        fp.probe(checkpoint, *small, etas)
+
+
+def test_an_update_without_rewards_is_refused(checkpoint, small):
+    blind = small[0]._replace(reward=torch.full_like(small[0].reward, torch.nan))
+    with pytest.raises(ValueError, match="reward is unknown"):
+        fp.probe(checkpoint, blind, small[1])
+
+
+def test_nan_in_the_weights_is_refused(checkpoint, small):
+    name = next(iter(checkpoint.params))
+    broken = dataclasses.replace(
+        checkpoint, params=checkpoint.params | {name: checkpoint.params[name] * torch.nan}
+    )
+    with pytest.raises(ValueError, match="nan"):
+        fp.probe(broken, *small)
+
+
+@pytest.mark.slow
+def test_snis_agrees_with_samples_of_the_shifted_policy(checkpoint, update, evaluation):
+    """The independent truth: responses drawn from the shifted policy itself."""
+    report = fp.probe(checkpoint, update, evaluation)
+    score = fp.scorer(checkpoint.model, checkpoint.base)
+    prepared = fp.prepare(update, "dr_grpo")
+    grads = fp.gradient(fp.objective(score, "dr_grpo"), checkpoint.params, prepared)
+    step = fp.adamw(grads, checkpoint.params, checkpoint.state, **checkpoint.adamw)
+    moved = fp.shift(checkpoint.params, fp.direction(step, grads), report.change.etas[5])
+    firsts = [int((evaluation.group == g).nonzero()[0]) for g in evaluation.group.unique()]
+    prompts = []
+    for i in firsts:
+        row = evaluation.tokens[i, evaluation.attention[i]].tolist()
+        prompts.append(row[: len(row) - int(evaluation.response[i].sum())])
+    options = {"samples": 32, "max_new_tokens": 24, "rows": 512}
+    here = fp.rollout(checkpoint, prompts, seed=7, **options)
+    there = fp.rollout(checkpoint, prompts, seed=8, params=moved, **options)
+    means = [
+        fp.entropy_change(fp.sweep(score, at, fp.direction(step, grads), [0.0], batch), batch)
+        for at, batch in ((checkpoint.params, here), (moved, there))
+    ]
+    # The same prompts in both, so the prompts' spread is shared: their errors only bound the sum.
+    paired = (means[1].base_psi - means[0].base_psi).square().sum().sqrt()
+    truth = means[1].base - means[0].base
+    z = (report.change.value[5] - truth) / (paired**2 + report.change.stderr[5] ** 2).sqrt()
+    assert abs(float(z)) < 4
