@@ -5,6 +5,7 @@ gradient; everything measurable a function of ``params + eta * v``. Importing th
 no global state.
 """
 
+from .calculus.increment import RULES, Increment, increment
 from .calculus.line import Sweep, changes, join, sweep, sweep_blocks
 from .calculus.rows import evaluate
 from .calculus.step import (

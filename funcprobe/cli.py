@@ -51,8 +51,15 @@ class ProbeArguments:
         metadata={"help": "dr_grpo's divisor in tokens; U's longest response if not given."},
     )
     dtype: str = field(
-        default="float64",
-        metadata={"help": "Precision: float64 or float32.", "choices": ["float64", "float32"]},
+        default="float32",
+        metadata={"help": "Precision of the model.", "choices": ["float32", "float64"]},
+    )
+    change: str = field(
+        default="increment",
+        metadata={
+            "help": "Exact increments, or differences of values.",
+            "choices": ["increment", "direct"],
+        },
     )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; cuda where there is one if not given."}
@@ -156,6 +163,7 @@ def _probe(arguments: ProbeArguments) -> None:
         lambda lr: parse_etas(etas, lr),
         recipe=arguments.recipe,
         per=arguments.per,
+        change=arguments.change,
         max_length=arguments.max_length,
         tokens=arguments.tokens,
         progress=True,

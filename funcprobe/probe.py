@@ -34,6 +34,7 @@ def probe(
     *,
     recipe: str | Recipe = "dr_grpo",
     per: str = "token",
+    change: str = "increment",
     max_length: int | None = None,
     tokens: int = 4096,
     lanes: int = 8,
@@ -54,6 +55,7 @@ def probe(
             0, 0.25, 0.5, 1, 2 and 4 times that rate.
         recipe: the objective of the update.
         per: the entropy's unit, "token" or "sequence".
+        change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
         max_length: the divisor of recipes with a constant one, in tokens.
         tokens: rows times positions times lanes of a block, at most. It bounds memory.
         lanes: parameter points per block, at most; see `changes`.
@@ -93,21 +95,21 @@ def probe(
     lanes = min(lanes, len(torch.as_tensor(etas).flatten()) + 1)
     parts, order = blocks(evaluation, "sweep over E", lanes)
     # One call a block of rows: rows= takes every row of it at once.
-    same = {"rows": len(evaluation.tokens), "lanes": lanes}
+    same = {"change": change, "rows": len(evaluation.tokens), "lanes": lanes}
     swept = join(sweep_blocks(score, params, v, etas, parts, **same), order)
     clock("sweep")
     parts, order = blocks(evaluation, "slope on E")
     terms = merge([taylor(score, params, v, part, rows=len(part.tokens)) for part in parts], order)
     clock("slope")
 
-    change = entropy_change(swept, evaluation, per=per)
+    estimate = entropy_change(swept, evaluation, per=per)
     series = entropy_series(terms, evaluation, per=per)
     after = checksum(base | params)
     clock("statistics and checksum")
     with exact():
         precision = settings()
     return Report(
-        change=change,
+        change=estimate,
         series=series,
         lr=lr,
         about={
@@ -129,11 +131,12 @@ def probe(
                 "norm of v from decay": float(norm(step.decay)),
             },
             "evaluation": _sizes(evaluation),
+            "change": change,
             "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
             "precision": precision,
             "seconds": clock.seconds,
         },
-        flags=(*doubts(change), *_doubts(checkpoint, swept, evaluation)),
+        flags=(*doubts(estimate), *_doubts(swept, evaluation, change)),
         arrays={
             "base.logp": swept.base.logp,
             "base.entropy": swept.base.entropy,
@@ -181,7 +184,7 @@ def _sizes(batch: Batch) -> dict[str, int]:
     }
 
 
-def _doubts(checkpoint, swept, evaluation: Batch) -> list[str]:
+def _doubts(swept, evaluation: Batch, change: str) -> list[str]:
     """What only the probe can see: E from another policy, changes below rounding."""
     found = []
     off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
@@ -192,9 +195,14 @@ def _doubts(checkpoint, swept, evaluation: Batch) -> list[str]:
             "policy, or the base model, its precision or the sampling settings differ. Sample E "
             "from this checkpoint."
         )
-    if swept.base.logp.dtype != torch.float64:
+    if change == "direct" and swept.base.logp.dtype != torch.float64:
         found.append(
-            "computed in float32: its rounding drowns the change at small eta (below about 1e-5). "
-            "Load the checkpoint in float64."
+            "float32 values were subtracted: rounding drowns the change at small eta (below about "
+            "1e-5). Use change='increment', or load the checkpoint in float64."
+        )
+    if swept.fallbacks:
+        found.append(
+            f"no increment rule for {', '.join(swept.fallbacks)}: subtracted there, with rounding. "
+            "Give sweep a rule for them, or load the checkpoint in float64."
         )
     return found

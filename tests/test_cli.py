@@ -49,7 +49,7 @@ def test_without_arguments_it_probes_the_bundled_checkpoint(tmp_path):
     assert names == ["report.json", "report.png", "report.safetensors"]
     report = json.loads((tmp_path / "probe" / "report.json").read_text())
     assert (
-        report["about"]["weights"]["same"] and report["about"]["checkpoint"]["dtype"] == "float64"
+        report["about"]["weights"]["same"] and report["about"]["checkpoint"]["dtype"] == "float32"
     )
     assert report["etas"][3]["change"] < 0
     assert "sweep over E" in result.stderr

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .increment import increment
 from .precision import exact
 from .rows import default_rows
 from .tree import (
@@ -32,6 +33,7 @@ class Sweep(NamedTuple):
     change: Any  # leaves [K, N, ...]: value at eta less base
     bound: Tensor  # [K] float64, error bound where interpolated, 0 where evaluated
     source: Tensor  # [K] int8, EVALUATED
+    fallbacks: tuple[str, ...] = ()  # operations whose increments were subtractions
 
 
 def changes(
@@ -40,6 +42,8 @@ def changes(
     deltas: Params,
     batch,
     *,
+    change: str = "direct",
+    rules: dict | None = None,
     rows: int | None = None,
     lanes: int | None = None,
 ) -> tuple[Any, Any]:
@@ -53,9 +57,12 @@ def changes(
         params: the trainable parameters.
         deltas: exactly the names of `params`, every leaf with leading K (see `stack`).
         batch: a tree of tensors with leading N.
+        change: "direct" subtracts two values, and rounds like it; "increment" computes the change
+            itself, at full relative precision however small (see `increment`).
+        rules: for "increment", a rule table instead of `RULES`.
         rows: rows per block; the default follows from the shapes and `lanes`.
-        lanes: parameter points per block, the base among them; 1 is the plain loop. The default
-            is K + 1, at most 8. Memory grows with ``rows * lanes``, not with K.
+        lanes: parameter points per block, of "direct" the base among them; 1 is the plain loop.
+            The default takes all, at most 8. Memory grows with ``rows * lanes``, not with K.
 
     Returns:
         ``(base, change)``: fn's output at `params`, and the changes with leading K.
@@ -69,9 +76,10 @@ def changes(
     k = k.pop() if k else 0
     expanded = {name: p.expand(k, *p.shape) for name, p in params.items()}
     check_direction("changes", deltas, expanded)
+    options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
     return _changes(
-        fn, params, lambda some: {n: d[some] for n, d in deltas.items()}, k, batch, rows, lanes
-    )
+        fn, params, lambda some: {n: d[some] for n, d in deltas.items()}, k, batch, options
+    )[:2]
 
 
 def sweep(
@@ -81,6 +89,8 @@ def sweep(
     etas: Sequence[float] | Tensor,
     batch,
     *,
+    change: str = "direct",
+    rules: dict | None = None,
     rows: int | None = None,
     lanes: int | None = None,
 ) -> Sweep:
@@ -92,7 +102,7 @@ def sweep(
         v: a direction with exactly their names and shapes.
         etas: K learning rates, of any sign, in the unit that v is relative to.
         batch: a tree of tensors with leading N.
-        rows, lanes: as in `changes`.
+        change, rules, rows, lanes: as in `changes`.
 
     Raises:
         ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output.
@@ -109,14 +119,10 @@ def sweep(
             for name, d in v.items()
         }
 
-    base, change = _changes(fn, params, deltas, len(etas), batch, rows, lanes)
-    return Sweep(
-        etas,
-        base,
-        change,
-        torch.zeros_like(etas),
-        torch.full(etas.shape, EVALUATED, dtype=torch.int8),
-    )
+    options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
+    base, changed, fallbacks = _changes(fn, params, deltas, len(etas), batch, options)
+    source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
+    return Sweep(etas, base, changed, torch.zeros_like(etas), source, fallbacks)
 
 
 def sweep_blocks(
@@ -147,27 +153,36 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
         base=merge([s.base for s in sweeps], order),
         change=merge([s.change for s in sweeps], order, dim=1),
         bound=torch.stack([s.bound for s in sweeps]).amax(0),
+        fallbacks=tuple(sorted({name for s in sweeps for name in s.fallbacks})),
     )
 
 
 @torch.no_grad()
-def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, rows, lanes):
-    lanes = lanes or min(k + 1, _LANES)
-    rows = rows or default_rows(batch, lanes)
-    bases, differences = [], []
+def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, options: dict):
+    kind, lanes, rows = options["change"], options["lanes"], options["rows"]
+    if kind not in ("direct", "increment"):
+        raise ValueError(f"change must be 'direct' or 'increment', not {kind!r}.")
+    # Increments have the base in every lane, so it needs none of its own.
+    lanes = lanes or min(k + (kind == "direct"), _LANES)
+    fallbacks: set[str] = set()
+    parts = []
     with exact():
-        for part in blocks(batch, rows):
-            base, change = _block(fn, params, deltas, k, part, lanes)
-            bases.append(base)
-            differences.append(change)
-    base, change = concatenate(bases), concatenate(differences, dim=1)
+        for part in blocks(batch, rows or default_rows(batch, lanes)):
+            if kind == "direct":
+                parts.append(_direct(fn, params, deltas, k, part, lanes))
+            else:
+                parts.append(
+                    _increments(fn, params, deltas, k, part, lanes, options["rules"], fallbacks)
+                )
+    base = concatenate([base for base, _ in parts])
+    change = concatenate([change for _, change in parts], dim=1)
     check_nan("sweep (base)", base)
     check_nan("sweep", change, dim=1)
-    return base, change
+    return base, change, tuple(sorted(fallbacks))
 
 
-def _block(fn, params, deltas, k: int, part, lanes: int):
-    """The base and K changes on one block of rows, `lanes` points at a time."""
+def _direct(fn, params, deltas, k: int, part, lanes: int):
+    """Differences of values on one block of rows, `lanes` points at a time, the base among them."""
 
     def at(delta):
         return fn(add_scaled(params, delta), part)
@@ -179,15 +194,38 @@ def _block(fn, params, deltas, k: int, part, lanes: int):
     base, parts = None, []
     for start in range(0, k, lanes - 1):
         some = deltas(slice(start, start + lanes - 1))
-        count = len(next(iter(some.values())))
-        # The base leads, zeros fill the last block: every block has the same shapes.
-        filled = {
-            n: torch.cat(
-                [d.new_zeros(1, *d.shape[1:]), d, d.new_zeros(lanes - 1 - count, *d.shape[1:])]
-            )
-            for n, d in some.items()
-        }
-        out = torch.func.vmap(at)(filled)
+        count = min(lanes - 1, k - start)
+        out = torch.func.vmap(at)({n: _fill(d, 1, lanes) for n, d in some.items()})
         base = tree_map(lambda x: x[0].clone(), out) if base is None else base
         parts.append(tree_map(lambda x, count=count: x[1 : count + 1] - x[:1], out))
     return base, concatenate(parts)
+
+
+def _increments(fn, params, deltas, k: int, part, lanes: int, rules, fallbacks: set[str]):
+    """Exact increments on one block of rows, `lanes` of them at a time over one base."""
+
+    def at(delta):
+        changed = increment(fn, params, delta, rules=rules)
+        out = changed(part)
+        fallbacks.update(changed.fallbacks)
+        return out
+
+    base, parts = None, []
+    for start in range(0, k, lanes):
+        some = deltas(slice(start, start + lanes))
+        count = min(lanes, k - start)
+        if lanes == 1:
+            base, change = at({n: d[0] for n, d in some.items()})
+            parts.append(tree_map(lambda x: x.unsqueeze(0), change))
+        else:
+            filled = {n: _fill(d, 0, lanes) for n, d in some.items()}
+            base, change = torch.func.vmap(at, out_dims=(None, 0))(filled)
+            parts.append(tree_map(lambda x, count=count: x[:count], change))
+    return base, concatenate(parts)
+
+
+def _fill(deltas: Tensor, before: int, lanes: int) -> Tensor:
+    """Zero deltas around these up to `lanes`, so that every block has the same shapes."""
+    after = lanes - before - len(deltas)
+    zeros = [deltas.new_zeros(n, *deltas.shape[1:]) for n in (before, after)]
+    return torch.cat([zeros[0], deltas, zeros[1]])

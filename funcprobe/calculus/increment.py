@@ -1,0 +1,483 @@
+r"""Exact finite increments: f(p + d) - f(p) without subtracting two large numbers.
+
+An `Increment` is a tensor x together with a change d; it stands for x and for x + d at once. Every
+operation has a rule that gives its own change from those of its arguments at full relative
+precision, as forward-mode differentiation has a rule for its derivative, but exact for finite d:
+
+.. math:: \Delta(ab) = \Delta a \, b + (a + \Delta a) \Delta b, \qquad
+          \Delta e^x = e^x (e^d - 1), \qquad \Delta x^{-1/2} = -d / (s s' (s + s')), \ s = \sqrt x.
+
+So an unmodified model runs on parameters that are Increments, and its change comes out right in
+float32 at any size of d, down to 1e-12 and below, where the difference of two float32 values is
+noise. Under `vmap` over d with x unbatched all lanes share one computation of the values.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tree import Params, tree_map
+
+
+@dataclass
+class Scope:
+    """What the Increments of one evaluation share."""
+
+    rules: dict[Callable, Callable]
+    fallbacks: Counter = field(default_factory=Counter)  # operations without a rule, by name
+
+
+class Increment(Tensor):
+    """A tensor `x` and its change `d`, of one shape and dtype."""
+
+    x: Tensor
+    d: Tensor
+    scope: Scope
+
+    @staticmethod
+    def __new__(cls, x: Tensor, d: Tensor, scope: Scope):
+        """Wraps a value and its change; `scope` is that of the arguments they came from."""
+        self = Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype, device=x.device)
+        self.x, self.d, self.scope = x, d, scope
+        return self
+
+    @property
+    def moved(self) -> Tensor:
+        """x + d."""
+        return self.x + self.d
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        """Applies the operation's rule; without one it subtracts, and counts that."""
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        scope = _scope(args, kwargs)
+        rule = scope.rules.get(func)
+        out = NotImplemented if rule is None else rule(func, *args, **kwargs)
+        if out is NotImplemented:
+            out = _subtract(func, *args, **kwargs)
+            scope.fallbacks[getattr(func, "__name__", str(func))] += 1
+        return _wrap(*out, scope)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        """Is never reached: every operation is met in `__torch_function__`."""
+        raise TypeError(f"increment: {func} bypassed the rules, so its change is unknown.")
+
+
+def increment(
+    fn: Callable, params: Params, delta: Params, *, rules: dict | None = None
+) -> Callable:
+    """The transform: ``fn'(batch) -> (fn(params, batch), fn(params + delta, batch) - same)``.
+
+    Exact in the sense that the change has full relative precision, whatever its size, wherever
+    every operation has a rule; one without falls back to a subtraction, which is right but rounds
+    like one. The returned function's attribute ``fallbacks`` counts those, by name.
+
+    Args:
+        fn: ``(params, batch) -> tree`` of tensors.
+        params: the parameters.
+        delta: their change, of the same names and shapes.
+        rules: a table instead of `RULES`; extend it by ``RULES | {op: rule}``. A rule gets the
+            operation and its arguments, some of them Increments, and returns (value, change).
+    """
+    scope = Scope(RULES if rules is None else rules)
+
+    def changed(batch):
+        moving = {name: Increment(p, delta[name], scope) for name, p in params.items()}
+        out = fn(moving, batch)
+        return tree_map(_value, out), tree_map(_change, out)
+
+    changed.fallbacks = scope.fallbacks
+    return changed
+
+
+def _value(leaf):
+    return leaf.x if isinstance(leaf, Increment) else leaf
+
+
+def _change(leaf: Tensor) -> Tensor:
+    return leaf.d if isinstance(leaf, Increment) else torch.zeros_like(leaf)
+
+
+def _moved(leaf):
+    return leaf.moved if isinstance(leaf, Increment) else leaf
+
+
+def _scope(*trees) -> Scope | None:
+    """The scope of the first Increment found in nested arguments."""
+    for tree in trees:
+        if isinstance(tree, Increment):
+            return tree.scope
+        if isinstance(tree, dict):
+            tree = tuple(tree.values())
+        if isinstance(tree, tuple | list) and (scope := _scope(*tree)):
+            return scope
+    return None
+
+
+def _map(fn: Callable, tree):
+    """`fn` on the leaves of nested tuples, lists and dicts, as operations take them."""
+    if isinstance(tree, dict):
+        return {key: _map(fn, value) for key, value in tree.items()}
+    if isinstance(tree, tuple | list):
+        return type(tree)(_map(fn, value) for value in tree)
+    return fn(tree)
+
+
+def _wrap(value, change, scope: Scope):
+    if isinstance(value, tuple | list):
+        return type(value)(_wrap(v, c, scope) for v, c in zip(value, change, strict=True))
+    return value if change is None else Increment(value, change, scope)
+
+
+# Rules. Each takes the operation and its arguments and returns (value, change).
+
+
+def _subtract(op, *args, **kwargs):
+    """The fallback: evaluate twice."""
+    value = op(*_map(_value, args), **_map(_value, kwargs))
+    moved = op(*_map(_moved, args), **_map(_moved, kwargs))
+    if not isinstance(value, Tensor):
+        parts = [(v, m - v) for v, m in zip(value, moved, strict=True)]
+        return tuple(v for v, _ in parts), tuple(c for _, c in parts)
+    if not value.is_floating_point():
+        raise ValueError(
+            f"increment: {op.__name__} of a changing tensor gives {value.dtype}, and what follows "
+            "may jump. Give it a rule, or take it of a fixed tensor."
+        )
+    return value, moved - value
+
+
+def _linear_of_first(op, a, *args, **kwargs):
+    """Views, sums, gathers: the change of the result is the operation on the change."""
+    if _scope(args, kwargs):
+        return NotImplemented
+    return op(a.x, *args, **kwargs), op(a.d, *args, **kwargs)
+
+
+def _like(op, a, other):
+    """Views and casts that take their shape or dtype from another tensor."""
+    if not isinstance(a, Increment):
+        return op(a, other.x), None
+    other = _value(other)
+    return op(a.x, other), op(a.d, other)
+
+
+def _linear_of_list(op, tensors, *args, **kwargs):
+    """cat and stack, where some of the tensors may be fixed."""
+    changes = [t.d if isinstance(t, Increment) else torch.zeros_like(t) for t in tensors]
+    return op([_value(t) for t in tensors], *args, **kwargs), op(changes, *args, **kwargs)
+
+
+def _fixed(op, a, *args, **kwargs):
+    """Operations that only look at shape and dtype."""
+    return op(a.x, *args, **kwargs), None
+
+
+def _elementwise(change: Callable):
+    """A rule from ``change(y, x, d)``, with y = op(x)."""
+
+    def rule(op, a, *args, **kwargs):
+        kwargs.pop("inplace", None)
+        y = op(a.x, *args, **kwargs)
+        return y, change(y, a.x, a.d)
+
+    return rule
+
+
+def _add(sign: float, reverse: bool = False):
+    def rule(op, a, b, *, alpha=1):
+        s = sign * alpha
+        da, db = getattr(a, "d", None), getattr(b, "d", None)
+        value = op(_value(a), _value(b), **({} if alpha == 1 else {"alpha": alpha}))
+        if reverse:
+            da, db = db, da
+        if db is None:
+            change = da
+        else:
+            db = db if s == 1 else -db if s == -1 else s * db
+            change = db if da is None else da + db
+        # Broadcasting is the value's: a narrower change is expanded to it.
+        return value, change.expand(value.shape)
+
+    return rule
+
+
+def _product(op, a, b, *args, **kwargs):
+    """Whatever is linear in either of its two arguments."""
+    x, y = _value(a), _value(b)
+    value = op(x, y, *args, **kwargs)
+    if not isinstance(b, Increment):
+        return value, op(a.d, y, *args, **kwargs)
+    if not isinstance(a, Increment):
+        return value, op(x, b.d, *args, **kwargs)
+    return value, op(a.d, y, *args, **kwargs) + op(a.moved, b.d, *args, **kwargs)
+
+
+def _linear(op, x, weight, bias=None):
+    value, change = _product(op, x, weight) if _scope((x, weight)) else (op(x, weight), None)
+    if bias is None:
+        return value, change
+    if isinstance(bias, Increment):
+        change = bias.d.expand(value.shape) if change is None else change + bias.d
+    return value + _value(bias), change
+
+
+def _addmm(op, bias, a, b):
+    return _linear(torch.mm, a, b, bias)
+
+
+def _divide(op, a, b, *, rounding_mode=None):
+    if rounding_mode is not None:
+        return NotImplemented
+    x, y = _value(a), _value(b)
+    q = op(x, y)
+    if not isinstance(b, Increment):
+        return q, op(a.d, y)
+    numerator = -q * b.d if not isinstance(a, Increment) else a.d - q * b.d
+    return q, numerator / b.moved
+
+
+def _power(op, a, n):
+    if isinstance(a, Increment) and not isinstance(n, Tensor):
+        x, d, y = a.x, a.d, op(_value(a), n)
+        if n == 2:
+            return y, d * (2 * x + d)
+        if n == 3:
+            return y, d * (3 * x * (x + d) + d * d)
+        if n == 0.5:
+            return y, _d_sqrt(y, x, d)
+        if n == -0.5:
+            return y, _d_rsqrt(y, x, d)
+        if n == -1:
+            return y, _d_reciprocal(y, x, d)
+    return NotImplemented
+
+
+def _where(op, condition, a, b):
+    value = op(condition, _value(a), _value(b))
+    da, db = (t.d if isinstance(t, Increment) else value.new_zeros(()) for t in (a, b))
+    return value, op(condition, da, db)
+
+
+def _masked_fill(op, a, mask, fill):
+    return op(a.x, mask, fill), a.d.masked_fill(mask, 0.0)
+
+
+def _clamp(op, a, min=None, max=None):
+    x, d = a.x, a.d
+    y, moved = op(x, min=min, max=max), op(x + d, min=min, max=max)
+    return y, torch.where((y == x) & (moved == x + d), d, moved - y)
+
+
+def _amax(op, a, dim=(), keepdim=False):
+    """The maximum moves with the element that becomes the largest."""
+    if not isinstance(dim, int):
+        return NotImplemented
+    largest = a.x.amax(dim, keepdim=True)
+    index = a.moved.argmax(dim, keepdim=True)
+    change = a.d.gather(dim, index) + (a.x.gather(dim, index) - largest)
+    if not keepdim:
+        largest, change = largest.squeeze(dim), change.squeeze(dim)
+    return largest, change
+
+
+def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
+    x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
+    p = x.softmax(dim)
+    return p, p * torch.expm1(d - _d_logsumexp(p, d, dim))
+
+
+def _log_softmax(op, a, dim=None, _stacklevel=3, dtype=None):
+    x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
+    y = x.log_softmax(dim)
+    return y, d - _d_logsumexp(y.exp(), d, dim)
+
+
+def _logsumexp(op, a, dim, keepdim=False):
+    change = _d_logsumexp(a.x.softmax(dim), a.d, dim)
+    return op(a.x, dim, keepdim=keepdim), change if keepdim else change.squeeze(dim)
+
+
+def _layer_norm(op, x, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """Derived: in the arithmetic of Increments themselves."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    out = centred * torch.rsqrt(centred.pow(2).mean(dims, keepdim=True) + eps)
+    out = out if weight is None else out * weight
+    out = out if bias is None else out + bias
+    fixed = (_value(t) if t is not None else None for t in (x, weight, bias))
+    x, weight, bias = fixed
+    return op(x, normalized_shape, weight, bias, eps), out.d
+
+
+def _gelu(op, a, approximate="none"):
+    x, d, y = a.x, a.d, op(a.x, approximate=approximate)
+    if approximate == "tanh":
+        # x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
+        c = 2 * math.sqrt(2 / math.pi)
+        u, v = c * (x + 0.044715 * x**3), x + d
+        du = c * d * (1 + 0.044715 * (x * x + x * v + v * v))
+        return y, d * torch.sigmoid(u + du) + x * _d_sigmoid(None, u, du)
+    normal = torch.special.ndtr(x + d)
+    return y, d * normal + x * _d_normal(x, d)
+
+
+# Changes of elementwise functions, from y = f(x), x and d; accurate for every sign and size.
+
+
+def _d_exp(y, x, d):
+    return y * torch.expm1(d)
+
+
+def _d_log(y, x, d):
+    return torch.log1p(d / x)
+
+
+def _d_sqrt(y, x, d):
+    return torch.where(d == 0, 0.0, d / (y + (x + d).sqrt()))
+
+
+def _d_rsqrt(y, x, d):
+    s, moved = x.sqrt(), (x + d).sqrt()
+    return -d / (s + moved) * y / moved
+
+
+def _d_reciprocal(y, x, d):
+    return -d / (x * (x + d))
+
+
+def _d_sigmoid(y, x, d):
+    up = torch.sigmoid(x + d) * torch.sigmoid(-x) * -torch.expm1(-d.clamp(min=0))
+    down = torch.sigmoid(x) * torch.sigmoid(-x - d) * torch.expm1(d.clamp(max=0))
+    return torch.where(d > 0, up, down)
+
+
+def _d_silu(y, x, d):
+    return d * torch.sigmoid(x + d) + x * _d_sigmoid(y, x, d)
+
+
+def _d_tanh(y, x, d):
+    return 2 * _d_sigmoid(y, 2 * x, 2 * d)
+
+
+def _d_relu(y, x, d):
+    both = (x > 0) & (x + d > 0)
+    return torch.where(both, d, (x + d).clamp(min=0) - y)
+
+
+def _d_sin(y, x, d):
+    return 2 * torch.cos(x + d / 2) * torch.sin(d / 2)
+
+
+def _d_cos(y, x, d):
+    return -2 * torch.sin(x + d / 2) * torch.sin(d / 2)
+
+
+def _d_normal(x, d):
+    """The normal distribution's change over [x, x + d]: Gauss-Legendre while the step is short."""
+    nodes = x.new_tensor([-0.9324695142031521, -0.6612093864662645, -0.2386191860831969])
+    weights = (0.1713244923791704, 0.3607615730481386, 0.467913934572691)
+    middle, half = x + d / 2, d / 2
+    total = 0.0
+    for node, weight in zip(nodes, weights, strict=True):
+        for t in (middle + node * half, middle - node * half):
+            total = total + weight * torch.exp(-t * t / 2)
+    short = half * total / math.sqrt(2 * math.pi)
+    # By symmetry in the tail where ndtr itself is small, and so exact.
+    far = torch.where(x + d / 2 > 0, -1.0, 1.0)
+    long = far * (torch.special.ndtr(far * (x + d)) - torch.special.ndtr(far * x))
+    return torch.where(d.abs() < 0.5, short, long)
+
+
+def _d_logsumexp(p, d, dim):
+    """Of logsumexp from p = softmax(x): its first order, and the rest by log1p."""
+    mean = (p * d).sum(dim, keepdim=True)
+    return mean + torch.log1p((p * torch.expm1(d - mean)).sum(dim, keepdim=True))
+
+
+def _table() -> dict[Callable, Callable]:
+    """Every spelling of an operation to its rule."""
+    rules: dict[Callable, Callable] = {}
+
+    def give(rule: Callable, *names: str) -> None:
+        for name in names:
+            for home in (torch, Tensor, F):
+                if hasattr(home, name):
+                    rules[getattr(home, name)] = rule
+
+    give(_linear_of_first, "reshape", "view", "flatten", "unflatten", "ravel")
+    give(_linear_of_first, "transpose", "permute", "swapaxes", "movedim", "t", "contiguous")
+    give(_linear_of_first, "unsqueeze", "squeeze", "expand", "repeat", "tile")
+    give(_linear_of_first, "repeat_interleave", "narrow", "select", "index_select", "flip", "roll")
+    give(_linear_of_first, "__getitem__", "chunk", "split", "unbind", "tensor_split")
+    give(_linear_of_first, "gather", "take_along_dim", "sum", "mean", "cumsum", "neg", "__neg__")
+    give(_linear_of_first, "clone", "detach", "to", "type", "float", "double", "tril", "triu")
+    give(_linear_of_first, "dropout", "diagonal", "broadcast_to", "requires_grad_")
+    give(_like, "view_as", "expand_as", "type_as")
+    give(_linear_of_list, "cat", "concat", "stack", "hstack", "vstack")
+    give(_fixed, "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
+    give(_fixed, "zeros_like", "ones_like", "full_like", "empty_like")
+    give(_add(1.0), "add", "__add__", "__radd__", "__iadd__")
+    give(_add(-1.0), "sub", "subtract", "__sub__", "__isub__")
+    give(_add(-1.0, reverse=True), "rsub", "__rsub__")
+    give(_product, "mul", "multiply", "__mul__", "__rmul__", "__imul__")
+    give(_product, "matmul", "__matmul__", "bmm", "mm")
+    give(_linear, "linear")
+    give(_addmm, "addmm")
+    give(_divide, "div", "divide", "true_divide", "__truediv__", "__div__", "__itruediv__")
+    give(_power, "pow", "__pow__")
+    give(_where, "where")
+    give(_masked_fill, "masked_fill")
+    give(_clamp, "clamp", "clip")
+    give(_amax, "amax")
+    give(_softmax, "softmax")
+    give(_log_softmax, "log_softmax")
+    give(_logsumexp, "logsumexp")
+    give(_layer_norm, "layer_norm")
+    give(_gelu, "gelu")
+    for name, change in {
+        "exp": _d_exp,
+        "log": _d_log,
+        "sqrt": _d_sqrt,
+        "rsqrt": _d_rsqrt,
+        "reciprocal": _d_reciprocal,
+        "sigmoid": _d_sigmoid,
+        "silu": _d_silu,
+        "tanh": _d_tanh,
+        "relu": _d_relu,
+        "sin": _d_sin,
+        "cos": _d_cos,
+        "square": lambda y, x, d: d * (2 * x + d),
+        "expm1": lambda y, x, d: x.exp() * torch.expm1(d),
+        "log1p": lambda y, x, d: torch.log1p(d / (1 + x)),
+    }.items():
+        give(_elementwise(change), name)
+    for view in (Tensor.T, Tensor.mT):
+        rules[view.__get__] = _linear_of_first
+    return rules
+
+
+_METADATA = {
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")
+    ),
+    *(
+        getattr(Tensor, name)
+        for name in ("size", "dim", "numel", "nelement", "is_floating_point", "is_complex")
+    ),
+    *(getattr(Tensor, name) for name in ("__len__", "is_contiguous", "stride", "element_size")),
+    Tensor.ndimension,
+    Tensor.get_device,
+}
+
+RULES: dict[Callable, Callable] = _table()

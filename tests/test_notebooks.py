@@ -1,0 +1,44 @@
+"""The notebooks run from top to bottom, and say what they said."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str) -> tuple[str, str]:
+    """All text printed by the stored notebook, and by a run of it now."""
+    stored = nbformat.read(EXAMPLES / name, as_version=4)
+    fresh = nbformat.from_dict(stored)
+    said = printed(stored)
+    client = NotebookClient(fresh, timeout=1800, resources={"metadata": {"path": EXAMPLES}})
+    client.execute()
+    return said, printed(fresh)
+
+
+def printed(notebook) -> str:
+    return "".join(
+        output.text
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+
+
+def test_quickstart():
+    said, says = run("quickstart.ipynb")
+    assert says.strip().endswith("True")
+    # Sampled and float32 figures may differ in rounding on another machine; these may not.
+    assert said.splitlines()[:6] == says.splitlines()[:6]
+    for line in ("dH = -5.378e-03 +- 5.8e-04", "slope -4.2339"):
+        assert line in said and line in says
+
+
+@pytest.mark.real
+def test_smollm2():
+    said, says = run("smollm2.ipynb")
+    assert says.strip().endswith("True") and said.strip().endswith("True")
