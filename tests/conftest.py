@@ -20,3 +20,13 @@ def update(checkpoint):
 @pytest.fixture(scope="session")
 def evaluation(checkpoint):
     return fp.read_batch(bundled()[2], checkpoint.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def stepped(checkpoint, update):
+    """The bundled checkpoint's next step, and its direction."""
+    score = fp.scorer(checkpoint.model, checkpoint.base)
+    prepared = fp.prepare(update, "dr_grpo")
+    grads = fp.gradient(fp.objective(score, "dr_grpo"), checkpoint.params, prepared)
+    step = fp.adamw(grads, checkpoint.params, checkpoint.state, **checkpoint.adamw)
+    return step, fp.direction(step, grads)

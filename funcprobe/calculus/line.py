@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .curve import EVALUATED, interpolate
 from .increment import increment
 from .precision import exact
 from .rows import default_rows
+from .taylor import taylor
 from .tree import (
     Params,
     add_scaled,
@@ -20,8 +22,6 @@ from .tree import (
     tree_map,
 )
 
-EVALUATED = 0  # in Sweep.source
-
 _LANES = 8
 
 
@@ -32,7 +32,7 @@ class Sweep(NamedTuple):
     base: Any  # fn's output at params, leaves [N, ...], computed in the same blocks as the rest
     change: Any  # leaves [K, N, ...]: value at eta less base
     bound: Tensor  # [K] float64, error bound where interpolated, 0 where evaluated
-    source: Tensor  # [K] int8, EVALUATED
+    source: Tensor  # [K] int8: EVALUATED, INTERPOLATED, or LAW (zero at eta = 0)
     fallbacks: tuple[str, ...] = ()  # operations whose increments were subtractions
 
 
@@ -90,6 +90,8 @@ def sweep(
     batch,
     *,
     change: str = "direct",
+    nodes: int | str | None = None,
+    tol: float = 1e-6,
     rules: dict | None = None,
     rows: int | None = None,
     lanes: int | None = None,
@@ -102,27 +104,49 @@ def sweep(
         v: a direction with exactly their names and shapes.
         etas: K learning rates, of any sign, in the unit that v is relative to.
         batch: a tree of tensors with leading N.
+        nodes: None evaluates every eta. A degree, or "auto", interpolates change / eta between
+            that many nodes in the range of etas and 0, and its derivative at 0: a curve
+            of any length for about five evaluations. `bound` is in the unit of the output.
+        tol: the error that "auto" allows, relative to the largest change.
         change, rules, rows, lanes: as in `changes`.
 
     Raises:
-        ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output.
+        ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output, a
+            curve that "auto" cannot interpolate to `tol`.
     """
     check_direction("sweep", v, params)
     etas = torch.as_tensor(etas, dtype=torch.float64).flatten()
     if len(etas) == 0 or not etas.isfinite().all():
         raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
 
-    def deltas(some: slice) -> Params:
-        steps = etas[some]
-        return {
-            name: (steps.to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name].dtype)
-            for name, d in v.items()
-        }
-
     options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
-    base, changed, fallbacks = _changes(fn, params, deltas, len(etas), batch, options)
-    source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
-    return Sweep(etas, base, changed, torch.zeros_like(etas), source, fallbacks)
+
+    def along(points: Tensor):
+        def deltas(some: slice) -> Params:
+            return {
+                name: (points[some].to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name])
+                for name, d in v.items()
+            }
+
+        return _changes(fn, params, deltas, len(points), batch, options)
+
+    if nodes is None:
+        base, changed, fallbacks = along(etas)
+        source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
+        return Sweep(etas, base, changed, torch.zeros_like(etas), source, fallbacks)
+    if nodes != "auto" and not (isinstance(nodes, int) and nodes >= 3):
+        raise ValueError(f"sweep: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
+    runs = []
+
+    def at(points: Tensor):
+        runs.append(along(points))
+        return runs[-1][1]
+
+    base, slope = taylor(fn, params, v, batch, rows=rows)
+    degree = None if nodes == "auto" else nodes
+    changed, bound, source = interpolate(at, slope, etas, degree, tol)
+    fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
+    return Sweep(etas, runs[0][0] if runs else base, changed, bound, source, fallbacks)
 
 
 def sweep_blocks(

@@ -1,0 +1,151 @@
+"""Dense curves: what interpolation gives is what evaluation gives, within the printed bound."""
+
+import cases
+import pytest
+import torch
+
+import funcprobe as fp
+from funcprobe.calculus.curve import EVALUATED, INTERPOLATED, LAW
+
+
+def counted(fn):
+    """The function, and a list of how many lanes each of its calls was given."""
+    calls = []
+
+    def spy(params, batch):
+        calls.append(1)
+        return fn(params, batch)
+
+    return spy, calls
+
+
+def analytic(params, batch):
+    """Rows of smooth functions whose value along a line is known."""
+    t = params["t"]
+    return torch.stack([torch.exp(batch * t), torch.sin(3 * batch * t)], dim=1)
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (-1.0, 1.0), (-0.3, 1.0), (-1.0, 0.0)])
+def test_a_known_function(span):
+    batch, zero = (
+        torch.tensor([0.5, -0.2, 0.7], dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    )
+    etas = torch.linspace(*span, 41, dtype=torch.float64)
+    got = fp.sweep(analytic, {"t": zero}, {"t": zero + 1}, etas, batch, nodes="auto", tol=1e-9)
+    want = analytic({"t": etas[:, None]}, batch[None]).transpose(1, 2) - analytic(
+        {"t": zero}, batch
+    )
+    off = (got.change - want).abs().amax((1, 2))
+    middle = got.source == INTERPOLATED
+    # `want` is a difference of values, and rounds like one.
+    assert (off[middle] <= got.bound[middle] + 1e-15).all() and off.max() < 1e-9
+    assert got.bound.max() < 1e-8
+    assert (got.change[etas == 0] == 0).all() and (got.source[etas == 0] == LAW).all()
+
+
+def test_nodes_are_evaluated_and_say_so():
+    batch, zero = torch.ones(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    etas = torch.tensor([0.0, 0.4, 1.0, 1e-12], dtype=torch.float64)
+    got = fp.sweep(analytic, {"t": zero}, {"t": zero + 1}, etas, batch, nodes=3)
+    assert got.source.tolist() == [LAW, INTERPOLATED, EVALUATED, INTERPOLATED]
+    assert got.bound[[0, 2]].tolist() == [0.0, 0.0] and (got.bound[[1, 3]] > 0).all()
+    plain = fp.sweep(analytic, {"t": zero}, {"t": zero + 1}, etas, batch)
+    assert torch.allclose(got.change[2], plain.change[2], rtol=1e-12)
+
+
+def test_tiny_etas_keep_their_relative_accuracy():
+    batch, zero = (
+        torch.tensor([0.5, 0.7], dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    )
+    etas = torch.tensor([1e-12, 1e-9, 1e-6, 1.0], dtype=torch.float64)
+    got = fp.sweep(analytic, {"t": zero}, {"t": zero + 1}, etas, batch, nodes="auto", tol=1e-10)
+    want = torch.stack(
+        [torch.expm1(batch * etas[:, None]), torch.sin(3 * batch * etas[:, None])], dim=2
+    )
+    assert torch.allclose(got.change, want, rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["direct", "increment"])
+def test_a_curve_of_sixty_four_points(checkpoint, evaluation, stepped, kind):
+    """Over a range in which tokens move by about half a nat, from at most nine evaluations."""
+    score, v, batch = (
+        fp.scorer(checkpoint.model, checkpoint.base),
+        stepped[1],
+        evaluation.rows(slice(0, 512, 32)),
+    )
+    top = 0.5 / float(fp.taylor(score, checkpoint.params, v, batch)[1].logp.abs().max())
+    etas = torch.linspace(0, top, 64, dtype=torch.float64)
+    spy, calls = counted(score)
+    same = {"change": kind, "rows": len(batch.tokens), "lanes": 1}
+    got = fp.sweep(spy, checkpoint.params, v, etas, batch, nodes="auto", **same)
+    runs_of_base = 2 if kind == "direct" else 0  # one a call at lanes = 1
+    assert len(calls) - runs_of_base <= 9
+    want = fp.sweep(score, checkpoint.params, v, etas, batch, change=kind)
+    moved = float(want.change.logp.abs().max())
+    assert 0.2 < moved < 1
+    middle = got.source == INTERPOLATED
+    assert middle.sum() >= 60
+    for a, b in zip(got.change, want.change, strict=True):
+        off = (a - b).abs().amax((1, 2))
+        # Differences of values of a few nats round to 1e-14.
+        assert (off[middle] <= got.bound[middle] + 1e-13).all()
+        assert off.max() < 1e-6 * moved
+    exact = fp.entropy_change(want, batch).value
+    assert torch.allclose(fp.entropy_change(got, batch).value, exact, rtol=1e-5, atol=1e-12)
+
+
+def test_blocks_join_with_their_bounds():
+    case, batch = cases.case("llama", torch.float64), cases.batch()
+    score, v = fp.scorer(case.model, case.base), cases.direction(case.params, size=1e-3)
+    etas = torch.linspace(0, 1, 20, dtype=torch.float64)
+    blocks, order = fp.by_length(batch, tokens=20)
+    same = {"nodes": "auto", "tol": 1e-7}
+    got = fp.join(fp.sweep_blocks(score, case.params, v, etas, blocks, **same), order)
+    want = fp.sweep(score, case.params, v, etas, batch)
+    off = (got.change.logp - want.change.logp).abs().amax((1, 2))
+    assert (off <= got.bound + 1e-12).all()
+
+
+def test_a_rough_curve_is_refused():
+    def rough(params, batch):
+        return torch.sin(300 * params["t"]) * batch
+
+    zero = torch.zeros((), dtype=torch.float64)
+    with pytest.raises(ValueError, match="not smooth enough"):
+        fp.sweep(
+            rough,
+            {"t": zero},
+            {"t": zero + 1},
+            [0.0, 1.0],
+            torch.ones(1, dtype=torch.float64),
+            nodes="auto",
+        )
+
+
+@pytest.mark.parametrize("nodes", ["many", 2, 0, 3.5])
+def test_bad_nodes_are_refused(nodes):
+    zero = torch.zeros((), dtype=torch.float64)
+    with pytest.raises(ValueError, match="nodes must be"):
+        fp.sweep(
+            analytic,
+            {"t": zero},
+            {"t": zero + 1},
+            [1.0],
+            torch.ones(1, dtype=torch.float64),
+            nodes=nodes,
+        )
+
+
+def test_only_zeros():
+    zero = torch.zeros((), dtype=torch.float64)
+    got = fp.sweep(
+        analytic,
+        {"t": zero},
+        {"t": zero + 1},
+        [0.0, 0.0],
+        torch.ones(1, dtype=torch.float64),
+        nodes="auto",
+    )
+    assert (got.change == 0).all() and got.change.shape == (2, 1, 2)
