@@ -18,6 +18,7 @@ from .tree import (
     check_direction,
     check_nan,
     concatenate,
+    leaves,
     merge,
     tree_map,
 )
@@ -62,7 +63,8 @@ def changes(
         rules: for "increment", a rule table instead of `RULES`.
         rows: rows per block; the default follows from the shapes and `lanes`.
         lanes: parameter points per block, of "direct" the base among them; 1 is the plain loop.
-            The default takes all, at most 8. Memory grows with ``rows * lanes``, not with K.
+            The default takes all, at most 8; in float64 a block of odd size takes up to 3 more.
+            Memory grows with ``rows * lanes``, not with K.
 
     Returns:
         ``(base, change)``: fn's output at `params`, and the changes with leading K.
@@ -188,12 +190,14 @@ def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, optio
         raise ValueError(f"change must be 'direct' or 'increment', not {kind!r}.")
     # Increments have the base in every lane, so it needs none of its own.
     lanes = lanes or min(k + (kind == "direct"), _LANES)
+    float64 = any(p.dtype == torch.float64 for p in params.values())
     fallbacks: set[str] = set()
     parts = []
     with exact():
         for part in blocks(batch, rows or default_rows(batch, lanes)):
             if kind == "direct":
-                parts.append(_direct(fn, params, deltas, k, part, lanes))
+                even = _even(lanes, part) if float64 else lanes
+                parts.append(_direct(fn, params, deltas, k, part, even))
             else:
                 parts.append(
                     _increments(fn, params, deltas, k, part, lanes, options["rules"], fallbacks)
@@ -223,6 +227,17 @@ def _direct(fn, params, deltas, k: int, part, lanes: int):
         base = tree_map(lambda x: x[0].clone(), out) if base is None else base
         parts.append(tree_map(lambda x, count=count: x[1 : count + 1] - x[:1], out))
     return base, concatenate(parts)
+
+
+def _even(lanes: int, part) -> int:
+    """At least `lanes`, such that their folded matrices have a multiple of four rows."""
+    # NOTE [zero is the base]: vmap folds lanes and rows into one matrix, and MKL's dgemm rounds the
+    # last rows past a multiple of four differently. A lane there would differ from the base in
+    # the last bit at the same parameters.
+    sizes = [leaf.numel() for leaf in leaves(part) if leaf.ndim > 1]
+    while lanes > 1 and any(lanes * size % 4 for size in sizes):
+        lanes += 1
+    return lanes
 
 
 def _increments(fn, params, deltas, k: int, part, lanes: int, rules, fallbacks: set[str]):

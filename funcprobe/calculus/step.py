@@ -132,7 +132,7 @@ def adamw(
         if grads[name] is None:
             momentum[name], decay[name], scale[name] = (torch.zeros_like(p) for _ in range(3))
             continue
-        b1, b2 = betas[name] if isinstance(betas, dict) else betas
+        b1, b2 = _of(betas, name)
         count = state.count[name].double() + 1
         g = grads[name].to(p.dtype) * clip.to(p.dtype)
         nu = b2 * state.nu[name].to(p) + (1 - b2) * g * g

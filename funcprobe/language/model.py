@@ -237,8 +237,15 @@ def _skeleton(module: nn.Module) -> tuple[nn.Module, dict[int, str]]:
             part.__dict__.pop(name, None)
         if getattr(part, "gradient_checkpointing", False):
             part.gradient_checkpointing = False
+        if hasattr(part, "warn_if_padding_and_no_attention_mask"):
+            # It branches on the tokens, which vmap over rows cannot; right padding needs no mask.
+            part.warn_if_padding_and_no_attention_mask = _say_nothing
     _set_attention(skeleton, "eager")
     return skeleton.eval(), twins
+
+
+def _say_nothing(*_) -> None:
+    pass
 
 
 def _set_attention(module: nn.Module, implementation: str | None) -> None:
@@ -316,12 +323,14 @@ def _check_derivative(model: Model, params: Params, base: Params, batch: Batch) 
         change = (along(zero + step) - along(zero - step)) / (2 * step)
         return float((slope - change).norm() / slope.norm())
 
-    errors = [off(step) for step in (1e-2, 1e-3)]
-    if not min(errors) < 0.05:
+    # A base in lower precision rounds the increment, so the check is coarse; DoRA goes by name.
+    coarse = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in base.values())
+    errors = [off(step) for step in ((3e-2, 1e-2, 3e-3) if coarse else (1e-2, 1e-3))]
+    dora = any(getattr(m, "lora_magnitude_vector", None) for m in model.skeleton.modules())
+    if (coarse and dora) or not min(errors) < (0.3 if coarse else 0.05):
         layers = sorted(
             {type(m).__name__ for m in model.skeleton.modules() if hasattr(m, "lora_A")}
         )
-        dora = any(getattr(m, "lora_magnitude_vector", None) for m in model.skeleton.modules())
         raise ValueError(
             f"split: the derivative of {'DoRA' if dora else type(model.skeleton).__name__} layers "
             f"{layers} is not the derivative of their values (relative error {min(errors):.2g})"

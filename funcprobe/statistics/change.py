@@ -197,11 +197,16 @@ def _change(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[T
 
 def _scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
     """w and w - 1, both over the largest weight if that exceeds 1, so that neither overflows."""
-    c = logw.amax(-1, keepdim=True).clamp(min=0).detach()
+    largest = logw.amax(-1, keepdim=True).detach()
+    # Where all are tiny they would underflow: w is scaled up, and the 1 of w - 1 dropped, since a
+    # constant in e cancels from the change and from psi.
+    tiny = largest < -30
+    c = torch.where(tiny, largest, largest.clamp(min=0))
     w = (logw - c).exp()
+    one = (-c.clamp(min=0)).exp()
     # expm1 is exact at small changes; where it would overflow the one is below rounding.
-    e = torch.where(logw > 30, w - (-c).exp(), (-c).exp() * torch.expm1(logw.clamp(max=30)))
-    return w, e
+    e = torch.where(logw > 30, w - one, one * torch.expm1(logw.clamp(max=30)))
+    return w, torch.where(tiny, w, e)
 
 
 def _rows(batch: Rows, logp: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,131 @@
+"""The import law, and that importing the package changes nothing outside it."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import funcprobe
+
+ROOT = Path(funcprobe.__file__).parent
+TRUNKS = ("calculus", "language", "statistics")
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path):
+    """The absolute names of all that a file imports, wherever in it."""
+    package = ["funcprobe", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = package[: len(package) - node.level + 1] if node.level else []
+            where = [*start, *(node.module.split(".") if node.module else [])]
+            yield ".".join(where)
+            yield from (".".join([*where, alias.name]) for alias in node.names)
+
+
+def test_the_parser_sees_what_it_should():
+    found = set(imports(ROOT / "calculus" / "step.py"))
+    assert {"torch", "funcprobe.calculus.tree", "funcprobe.calculus.tree.Params"} <= found
+    assert len(FILES) > 15
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_trunks_import_neither_each_other_nor_the_edge(path):
+    trunk = path.relative_to(ROOT).parts[0]
+    if trunk not in TRUNKS:
+        return
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "funcprobe":
+            assert parts[1:2] == [trunk], f"{path.name} imports {name}"
+
+
+def test_only_the_tree_knows_optree():
+    users = {
+        str(p.relative_to(ROOT)) for p in FILES if "optree" in {n.split(".")[0] for n in imports(p)}
+    }
+    assert users == {"calculus/tree.py"}
+
+
+def test_only_language_and_the_edge_know_transformers_and_peft():
+    for path in FILES:
+        if path.relative_to(ROOT).parts[0] in ("calculus", "statistics"):
+            tops = {name.split(".")[0] for name in imports(path)}
+            assert not tops & {"transformers", "peft"}, path
+
+
+SNAPSHOT = """
+import json, os, random, sys, warnings
+import numpy, peft, torch, transformers
+import torch.utils._pytree as pytree
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+import logging, signal, locale
+from torch.backends import cuda, cudnn, mkldnn
+
+def snapshot():
+    return dict(
+        dtype=str(torch.get_default_dtype()),
+        device=str(torch.get_default_device()),
+        grad=[torch.is_grad_enabled(), torch.is_inference_mode_enabled()],
+        precision=torch.get_float32_matmul_precision(),
+        products=[cuda.matmul.fp32_precision, mkldnn.matmul.fp32_precision, cudnn.allow_tf32],
+        reductions=cuda.matmul.allow_bf16_reduced_precision_reduction,
+        sdp=[cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()],
+        autocast=[torch.is_autocast_enabled(d) for d in ("cpu", "cuda")],
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        threads=[torch.get_num_threads(), torch.get_num_interop_threads()],
+        seeds=[int(torch.initial_seed()), hash(random.getstate()), str(numpy.random.get_state()),
+               torch.get_rng_state().tolist()],
+        nodes=sorted(str(t) for t in pytree.SUPPORTED_NODES),
+        attention=sorted(ALL_ATTENTION_FUNCTIONS.keys()),
+        masks=sorted(ALL_MASK_ATTENTION_FUNCTIONS.keys()),
+        warnings=[str(f) for f in warnings.filters],
+        environment=dict(os.environ),
+        logging=[logging.root.level, len(logging.root.handlers),
+                 transformers.logging.get_verbosity()],
+        hooks=[str(sys.excepthook), str(sys.displayhook)],
+        signals=[str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)],
+        methods=[torch.Tensor.to is torch._C.TensorBase.to, str(torch.Tensor.float),
+                 str(torch.nn.functional.softmax)],
+        path=list(sys.path),
+    )
+
+before = snapshot()
+import funcprobe
+after = snapshot()
+changed = {key: [before[key], after[key]] for key in before if before[key] != after[key]}
+drawing = [name for name in ("matplotlib", "IPython", "datasets") if name in sys.modules]
+print(json.dumps([changed, drawing]))
+"""
+
+
+def run(code):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT.parent,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_changes_no_global_and_is_silent():
+    changed, drawing = json.loads(run(SNAPSHOT))  # and nothing else was printed
+    assert changed == {}
+    assert drawing == []
+
+
+def test_every_public_name_is_there_and_says_what_it_does():
+    names = [n for n in dir(funcprobe) if not n.startswith("_") and n[0].islower()]
+    public = [n for n in names if callable(getattr(funcprobe, n))]
+    assert {"split", "sweep", "taylor", "adamw", "entropy_change"} <= set(public)
+    for name in public:
+        assert (getattr(funcprobe, name).__doc__ or "").strip(), name

@@ -1,0 +1,302 @@
+"""Scores against full logits row by row; batches and their invariances."""
+
+import cases
+import pytest
+import reference
+import torch
+from transformers.generation.logits_process import TopPLogitsWarper
+
+import funcprobe as fp
+from funcprobe.language.batch import lengths, targets, trim
+from funcprobe.language.score import logp_and_entropy, nucleus
+
+EXACT = dict(rtol=1e-10, atol=1e-10)
+
+
+def scored(batch, *, family="llama", **options):
+    case = cases.case(family)
+    score = fp.scorer(case.model, case.base, **options)
+    return fp.evaluate(score, case.params, batch)
+
+
+def assert_scores(ours, own, **tolerance):
+    for a, b in zip(ours, own, strict=True):
+        torch.testing.assert_close(a, b, **(tolerance or EXACT))
+
+
+# Parity
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
+def test_scores_are_those_of_full_logits_row_by_row(family, temperature):
+    batch = cases.batch()
+    ours = scored(batch, family=family, sampling=fp.Sampling(temperature=temperature))
+    with torch.no_grad(), reference.float64(cases.module64(family)) as module:
+        own = reference.scores(module, batch, temperature=temperature)
+    assert_scores(ours, own, rtol=1e-12, atol=1e-12)
+
+
+def test_temperature_enters_the_entropy():
+    batch = cases.batch()
+    cold, warm = (scored(batch, sampling=fp.Sampling(temperature=t)) for t in (0.5, 1.7))
+    assert (warm.entropy - cold.entropy)[batch.response].min() > 0.05
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_top_p_is_hugging_faces(top_p, temperature):
+    case = cases.case()
+    with torch.no_grad(), reference.float64(cases.module64()) as module:
+        warper = TopPLogitsWarper(top_p)
+        batch = cases.batch(rows=cases.FULL)
+        warp = lambda row: warper(None, row.unsqueeze(0))[0]  # noqa: E731
+        own = reference.scores(module, batch, temperature=temperature, warp=warp)
+    sampling = fp.Sampling(temperature=temperature, top_p=top_p)
+    ours = scored(batch, sampling=sampling, support=case.params)
+    assert (own[0].isinf()).any() or top_p == 0.95
+    assert_scores(ours, own)
+    unsupported = ours.logp.isneginf()
+    assert torch.equal(unsupported, own[0].isneginf())
+
+
+def test_the_nucleus_is_hugging_faces_on_random_logits():
+    logits = 3 * torch.randn(500, 40, generator=torch.Generator().manual_seed(0)).double()
+    for top_p in (1e-6, 0.1, 0.5, 0.9, 0.999):
+        kept = ~TopPLogitsWarper(top_p)(None, logits).isneginf()
+        assert torch.equal(nucleus(logits, top_p), kept)
+        assert kept.any(-1).all()
+
+
+def test_the_nucleus_is_held_fixed_where_support_is():
+    case, batch = cases.case(), cases.batch(rows=cases.FULL)
+    sampling = fp.Sampling(top_p=0.5)
+    score = fp.scorer(case.model, case.base, sampling=sampling, support=case.params)
+    v = cases.direction(case.params)
+    here = score(case.params, batch)
+    there = score(fp.shift(case.params, v, 0.3), batch)
+    assert torch.equal(here.logp.isneginf(), there.logp.isneginf())
+    other = fp.scorer(
+        case.model, case.base, sampling=sampling, support=fp.shift(case.params, v, 0.3)
+    )
+    assert not torch.equal(
+        here.logp.isneginf(), other(fp.shift(case.params, v, 0.3), batch).logp.isneginf()
+    )
+
+
+def test_top_p_needs_its_support():
+    case = cases.case()
+    with pytest.raises(ValueError, match="scorer: top_p = 0.9 needs support="):
+        fp.scorer(case.model, case.base, sampling=fp.Sampling(top_p=0.9))
+
+
+@pytest.mark.parametrize("bad", [dict(temperature=0), dict(temperature=-1.0), dict(top_p=0.0)])
+def test_impossible_sampling_is_refused(bad):
+    with pytest.raises(ValueError, match="Sampling: "):
+        fp.Sampling(**bad)
+
+
+# The arithmetic
+
+
+def test_large_logits_do_not_cancel():
+    z = torch.arange(-12, 12).reshape(3, 8) / 8  # exact in float32, offset or not
+    target = torch.tensor([0, 3, 7])
+    for ours, far in zip(
+        logp_and_entropy(z, target), logp_and_entropy(z + 2.0**19, target), strict=True
+    ):
+        assert torch.equal(ours, far)
+    _, entropy = logp_and_entropy(torch.tensor([1e4, 0.0]), torch.tensor(0))
+    assert entropy == 0.0
+    _, entropy = logp_and_entropy(torch.tensor([0.0, -20.0]).double(), torch.tensor(0))
+    p = torch.tensor(-20.0).double().exp()
+    exact = (20 * p + (1 + p) * torch.log1p(p)) / (1 + p)
+    torch.testing.assert_close(entropy, exact, rtol=0, atol=1e-16)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_impossible_tokens_are_finite_in_value_tangent_and_gradient(temperature):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 8, generator=generator).double()
+    out = torch.rand(5, 8, generator=generator) < 0.4
+    target = torch.tensor([0, 1, 2, 3, 4])
+    out[torch.arange(5), target] = False
+    dz = torch.randn(5, 8, generator=generator).double()
+
+    def fn(z):
+        return logp_and_entropy(z.masked_fill(out, -torch.inf) / temperature, target)
+
+    value, tangent = torch.func.jvp(fn, (logits,), (dz,))
+    grad = torch.func.grad(lambda z: sum(x.sum() for x in fn(z)))(logits)
+    assert all(x.isfinite().all() for x in (*value, *tangent, grad))
+    for i in range(5):  # over the possible tokens alone, by the formulas
+        kept = ~out[i]
+        lp = (logits[i, kept] / temperature).log_softmax(-1)
+        p, d = lp.exp(), dz[i, kept] / temperature
+        mean = (p * d).sum()
+        j = int(kept[: target[i]].sum())
+        torch.testing.assert_close(value[0][i], lp[j], **EXACT)
+        torch.testing.assert_close(value[1][i], -(p * lp).sum(), **EXACT)
+        torch.testing.assert_close(tangent[0][i], d[j] - mean, **EXACT)
+        torch.testing.assert_close(tangent[1][i], -(p * (d - mean) * lp).sum(), **EXACT)
+    assert (grad[out] == 0).all()
+
+
+def test_an_impossible_target_scores_minus_infinity_and_is_named():
+    z = torch.tensor([[0.0, -torch.inf]])
+    logp, entropy = logp_and_entropy(z, torch.tensor([1]))
+    assert logp.item() == -torch.inf and entropy.item() == 0.0
+
+
+def test_all_of_a_very_large_vocabulary_counts():
+    z = torch.zeros(3, 150_000, dtype=torch.float64)
+    logp, entropy = logp_and_entropy(z, torch.tensor([0, 5, 149_999]))
+    expected = torch.full((3,), 150_000.0, dtype=torch.float64).log()
+    torch.testing.assert_close(-logp, expected, **EXACT)
+    torch.testing.assert_close(entropy, expected, **EXACT)
+
+
+# What counts
+
+
+def test_the_sampled_eos_is_scored_and_counted():
+    batch = cases.batch(rows=[0, 4])
+    scores = scored(batch)
+    assert lengths(batch).tolist() == [6, 1]
+    case = cases.case()
+    logits = fp.logits(case.model, case.params, case.base, batch).log_softmax(-1)
+    torch.testing.assert_close(scores.logp[0, 5], logits[0, 5, cases.EOS], **EXACT)
+    torch.testing.assert_close(scores.logp[1, 0], logits[1, 0, cases.EOS], **EXACT)
+    assert scores.entropy[1, 0] > 0
+
+
+def test_scores_are_zero_off_the_response():
+    batch = cases.batch()
+    for x in scored(batch):
+        assert (x[~batch.response] == 0).all()
+        assert (x[batch.response] != 0).all()
+    assert (scored(batch).logp[2] == 0).all()  # the empty response
+
+
+def test_targets_are_the_response_tokens():
+    batch = cases.batch()
+    found = [row[keep].tolist() for row, keep in zip(targets(batch), batch.response, strict=True)]
+    assert found[0] == [14, 15, 16, 17, 18, cases.EOS]
+    assert found[2] == [] and found[6] == [30, 31]
+
+
+# Invariances
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 48, 1000])
+def test_the_chunk_changes_nothing(chunk):
+    batch = cases.batch()
+    for ours, own in zip(scored(batch, chunk=chunk), scored(batch), strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_row_order_company_and_padding_change_nothing(family):
+    batch = cases.batch()
+    whole = scored(batch, family=family)
+    order = torch.tensor([3, 7, 0, 6, 2, 5, 1, 4])
+    for ours, own in zip(scored(batch.rows(order), family=family), whole, strict=True):
+        torch.testing.assert_close(ours, own[order], **EXACT)
+    for i in range(len(batch.tokens)):
+        alone = scored(batch.rows(slice(i, i + 1)), family=family)
+        for ours, own in zip(alone, whole, strict=True):
+            torch.testing.assert_close(ours[0], own[i], **EXACT)
+        if batch.response[i].any():
+            cut = trim(batch.rows(slice(i, i + 1)))
+            assert cut.tokens.shape[1] == int(batch.attention[i].sum())
+            t = cut.response.shape[1]
+            for ours, own in zip(scored(cut, family=family), whole, strict=True):
+                torch.testing.assert_close(ours[0], own[i, :t], **EXACT)
+
+
+def test_more_padding_changes_nothing():
+    batch = cases.batch()
+    wide = batch._replace(
+        tokens=torch.nn.functional.pad(batch.tokens, (0, 9), value=7),
+        attention=torch.nn.functional.pad(batch.attention, (0, 9)),
+    )
+    assert_scores(scored(wide), scored(batch))
+
+
+@pytest.mark.parametrize("pad_id", [cases.EOS, 14, 63])
+def test_the_pad_id_changes_nothing(pad_id):
+    batch, other = cases.batch(), cases.batch(pad_id=pad_id)
+    assert not torch.equal(batch.tokens, other.tokens)
+    assert torch.equal(batch.response, other.response)
+    assert_scores(scored(other), scored(batch))
+
+
+# collate and by_length
+
+
+def test_collate_aligns_on_the_response():
+    batch = cases.batch(advantage=range(8))
+    assert batch.group.tolist() == [0, 1, 2, 0, 2, 1, 3, 0]
+    assert batch.attention.sum(1).tolist() == [9, 8, 1, 8, 2, 9, 4, 9]
+    assert batch.response.sum(1).tolist() == [6, 3, 0, 5, 1, 4, 2, 6]
+    assert batch.position[1, :3].tolist() == [4, 5, 6]
+    assert batch.tokens.dtype == batch.position.dtype == batch.group.dtype == torch.int64
+    assert batch.reward.dtype == batch.advantage.dtype == torch.float64
+    assert batch.weight.isnan().all() and batch.old_logp.isnan().all()
+
+
+def test_collate_takes_ragged_or_padded_old_logp():
+    lists = [[-1.0, -2.0], [-3.0]]
+    padded = torch.tensor([[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]])
+    made = [fp.collate([[1], [2]], [[3, 4], [5]], old_logp=x).old_logp for x in (lists, padded)]
+    assert made[0][0].tolist() == [-1.0, -2.0] and made[0][1, 0] == -3.0
+    assert made[0][1, 1].isnan()
+    torch.testing.assert_close(made[0], made[1], equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompts=[[1], []], responses=[[1], [1]]), r"rows \[1\] are empty.*BOS"),
+        (dict(prompts=[[1], [1]], responses=[[], []]), "all 2 responses are empty"),
+        (dict(prompts=[[1], [1]], responses=[[1]]), "2 prompts but 1 responses"),
+        (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "1 prompts but 2 reward"),
+        (dict(prompts=[[1]], responses=[[1]], group=[]), "1 prompts but 0 group"),
+        (dict(prompts=[[1]], responses=[[1, 2]], old_logp=[[0.0]]), "1 values for 2.*EOS"),
+    ],
+)
+def test_collate_refuses(arguments, message):
+    with pytest.raises(ValueError, match=f"(?s)collate: .*{message}"):
+        fp.collate(**arguments)
+
+
+@pytest.mark.parametrize("tokens", [1, 10, 18, 30, 1000])
+def test_blocks_by_length_are_trimmed_and_in_their_order(tokens):
+    batch = cases.batch()
+    blocks, order = fp.by_length(batch, tokens=tokens)
+    assert sorted(order.tolist()) == list(range(8))
+    start = 0
+    for block in blocks:
+        n, width = block.tokens.shape
+        assert n == 1 or n * width <= tokens
+        assert width == int(block.attention.sum(1).max())
+        assert block.response.shape[1] == max(int(block.response.sum(1).max()), 1)
+        same = batch.rows(order[start : start + n])
+        assert torch.equal(block.tokens, same.tokens[:, :width])
+        assert torch.equal(block.group, same.group)
+        start += n
+    assert start == 8
+    longest = [int(block.attention.sum(1).max()) for block in blocks]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_by_length_refuses_no_tokens():
+    with pytest.raises(ValueError, match="by_length: tokens must be at least 1"):
+        fp.by_length(cases.batch(), tokens=0)
+
+
+def test_rows_and_devices_keep_every_field():
+    batch = cases.batch()
+    some = batch.rows(torch.tensor([True, False] * 4))
+    assert all(len(leaf) == 4 for leaf in some)
+    assert torch.equal(batch.to("cpu").tokens, batch.tokens)
