@@ -153,16 +153,7 @@ def plot(change: Estimate, series: Series | None = None, *, ax=None, unit: float
         line, error = series.predict(span), 1.96 * series.predict_stderr(span)
         ax.plot(span / scale, line, color="C1", label=_name(series))
         ax.fill_between(span / scale, line - error, line + error, color="C1", alpha=0.15, lw=0)
-    ax.errorbar(
-        x,
-        change.value,
-        1.96 * change.stderr,
-        fmt="o",
-        ms=4,
-        capsize=3,
-        color="C0",
-        label="measured",
-    )
+    _measured(ax, x, change.value, 1.96 * change.stderr)
     ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
     ax.set_ylabel(f"entropy change [nats/{change.per}]")
     ax.ticklabel_format(axis="y", scilimits=(-3, 3))
@@ -180,9 +171,7 @@ def plot_ratio(change: Estimate, series: Series, *, ax=None, unit: float | None 
         -100 * WITHIN, 100 * WITHIN, color="C1", alpha=0.15, lw=0, label="within 10% of the line"
     )
     ax.axhline(0, color="C1")
-    ax.errorbar(
-        x, 100 * law.value[shown], 196 * law.stderr[shown], fmt="o", ms=4, capsize=3, color="C0"
-    )
+    _measured(ax, x, 100 * law.value[shown], 196 * law.stderr[shown])
     ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
     ax.set_ylabel("measured over predicted, less 1 [%]")
     ax.legend(frameon=False)
@@ -195,6 +184,18 @@ def _axes(ax):
     import matplotlib.pyplot as plt
 
     return plt.subplots(figsize=(5, 4), layout="constrained")[1]
+
+
+def _measured(ax, x: Tensor, y: Tensor, error: Tensor) -> None:
+    """Points with bars, or a curve with a band where they are many."""
+    style = {"color": "C0", "label": "measured"}
+    if len(x) <= 20:
+        ax.errorbar(x, y, error, fmt="o", ms=4, capsize=3, **style)
+        return
+    x, order = x.sort()
+    y, error = y[order], error[order]
+    ax.plot(x, y, **style)
+    ax.fill_between(x, y - error, y + error, color="C0", alpha=0.15, lw=0)
 
 
 def _name(series: Series) -> str:

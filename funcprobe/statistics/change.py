@@ -35,7 +35,10 @@ class Rows(Protocol):
 
 
 class Estimate(NamedTuple):
-    """Changes of the entropy along a line, with influence values from which errors follow."""
+    """Changes of the entropy along a line, with influence values from which errors follow.
+
+    On the CPU, in float64.
+    """
 
     etas: Tensor  # [K] float64
     base: Tensor  # [] the entropy at params, nats per token or per sequence
@@ -73,7 +76,7 @@ class Estimate(NamedTuple):
 
 
 class Series(NamedTuple):
-    """Derivatives in eta at 0 of the very estimator that `entropy_change` computes."""
+    """Derivatives in eta at 0 of the very estimator that `entropy_change` computes; on the CPU."""
 
     value: Tensor  # [M] orders 1..M, nats per token or per sequence, per unit of eta^m
     psi: Tensor  # [M, G] their influence values by prompt
@@ -132,15 +135,15 @@ def entropy_change(sweep: Swept, batch: Rows, *, per: Per = "token") -> Estimate
     logw = log_weights(sweep.change.logp, response)
     total, centred, size = _base(sweep.base, response, per)
     return Estimate(
-        etas=sweep.etas,
-        base=total,
-        value=value,
-        psi=by_group(psi, group),
-        base_psi=by_group(centred / size.sum(), group),
-        ess=effective_sample_size(logw),
-        khat=pareto_khat(logw),
-        mean_weight=mean_weight(logw),
-        weight_range=torch.stack([logw.amin(-1), logw.amax(-1)], -1).exp(),
+        etas=sweep.etas.cpu(),
+        base=total.cpu(),
+        value=value.cpu(),
+        psi=by_group(psi, group).cpu(),
+        base_psi=by_group(centred / size.sum(), group).cpu(),
+        ess=effective_sample_size(logw).cpu(),
+        khat=pareto_khat(logw.cpu()),
+        mean_weight=mean_weight(logw).cpu(),
+        weight_range=torch.stack([logw.amin(-1), logw.amax(-1)], -1).exp().cpu(),
         rows=len(group),
         per=per,
     )
@@ -168,8 +171,8 @@ def entropy_series(terms: tuple, batch: Rows, *, per: Per = "token") -> Series:
 
     orders = _nested(at, len(derivatives), logp.new_zeros(()))
     return Series(
-        torch.stack([value for value, _ in orders]),
-        torch.stack([by_group(psi, group) for _, psi in orders]),
+        torch.stack([value for value, _ in orders]).cpu(),
+        torch.stack([by_group(psi, group) for _, psi in orders]).cpu(),
     )
 
 
@@ -220,7 +223,7 @@ def _rows(batch: Rows, logp: Tensor) -> tuple[Tensor, Tensor]:
 
 def _taylor(derivatives: Tensor, t: Tensor) -> Tensor:
     """``sum_m t^m / m! d_m``, [*t, ...] from d [M, ...], without the constant."""
-    t = torch.as_tensor(t, dtype=torch.float64, device=derivatives.device)
+    t = torch.as_tensor(t, dtype=torch.float64).to(derivatives.device)
     t = t.reshape(*t.shape, *[1] * (derivatives.ndim - 1))
     total, factor = 0.0, 1.0
     for m, d in enumerate(derivatives, start=1):

@@ -32,7 +32,7 @@ def ratio(change: Estimate, series: Series) -> Ratio:
         change: from `entropy_change`.
         series: from `entropy_series`, of the same rows and unit.
     """
-    eta = torch.where(change.etas == 0, torch.nan, change.etas).to(change.value.device)
+    eta = torch.where(change.etas == 0, torch.nan, change.etas)
     slope = series.value[0]
     line = eta * slope
     psi = change.psi / line[:, None] - (change.value / (line * slope))[:, None] * series.psi[0]
