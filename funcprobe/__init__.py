@@ -19,7 +19,7 @@ from .calculus.step import (
     sgd,
 )
 from .calculus.taylor import taylor
-from .calculus.tree import add_scaled, dot, norm, shift, stack
+from .calculus.tree import add_scaled, dot, merge, norm, shift, stack
 from .checkpoint import Checkpoint, load_checkpoint
 from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
