@@ -10,6 +10,7 @@ from .importance import effective_sample_size, log_weights, mean_weight, pareto_
 from .uncertainty import by_group, standard_error
 
 Per = Literal["token", "sequence"]
+Weights = Literal["sequence", "prefix"]
 
 
 class Scores(Protocol):
@@ -101,7 +102,9 @@ class Series(NamedTuple):
         )
 
 
-def entropy_change(sweep: Swept, batch: Rows, *, per: Per = "token") -> Estimate:
+def entropy_change(
+    sweep: Swept, batch: Rows, *, weights: Weights = "sequence", per: Per = "token"
+) -> Estimate:
     r"""The change of entropy at each eta from rows drawn at the base policy, by SNIS.
 
     With ``e_i = expm1(sum_k l_ik)``, l the change of log-probability, ``w = 1 + e``, h and T a
@@ -114,12 +117,24 @@ def entropy_change(sweep: Swept, batch: Rows, *, per: Per = "token") -> Estimate
     at eta and at 0, but formed from differences, so that nothing cancels at small eta. Float64.
     Bias O(eta / N), of the ratio; the entropy of each token is exact given its prefix.
 
+    With prefix weights each token is weighted by its prefix alone, which is all that its entropy
+    and its being there depend on: ``omega_ik = exp(sum_{j<k} l_ij)``, frozen after the row's end,
+    over its mean at position k over all rows. With ``r = omega / mean(omega) - 1`` and a = 1 while
+    the row lives,
+
+    .. math:: \Delta H = \frac{\sum a (1 + r) \, dH + \sum a r (H - R)}{\sum T + \sum a r},
+              \quad \text{per sequence } \frac{1}{N} \sum a [(1 + r) \, dH + r H].
+
+    Usually the smaller error; compare both on your own batch. ESS and k-hat are always those of
+    the sequence weights.
+
     Errors are from influence values (linearisation), clustered by prompt, and are conditional on
     the direction v. Owen, Monte Carlo theory (2013), 9.3; ESS is Kish's.
 
     Args:
         sweep: of a scorer over `batch`: base [N, R] and change [K, N, R] of logp and entropy.
         batch: gives response [N, R] and group [N].
+        weights: "sequence" (plain SNIS) or "prefix" (position-normalised).
         per: "token" (ratio of sums) or "sequence" (mean of sums), in nats.
 
     >>> import torch, types
@@ -131,7 +146,7 @@ def entropy_change(sweep: Swept, batch: Rows, *, per: Per = "token") -> Estimate
     dH = +1.000e-01 +- 0.0e+00 nats/token at eta = 0.1, ESS 2/2
     """
     response, group = _rows(batch, sweep.base.logp)
-    value, psi = _change(sweep.base, sweep.change, response, per)
+    value, psi = _estimator(weights)(sweep.base, sweep.change, response, per)
     logw = log_weights(sweep.change.logp, response)
     total, centred, size = _base(sweep.base, response, per)
     return Estimate(
@@ -149,7 +164,9 @@ def entropy_change(sweep: Swept, batch: Rows, *, per: Per = "token") -> Estimate
     )
 
 
-def entropy_series(terms: tuple, batch: Rows, *, per: Per = "token") -> Series:
+def entropy_series(
+    terms: tuple, batch: Rows, *, weights: Weights = "sequence", per: Per = "token"
+) -> Series:
     r"""Derivatives at eta = 0 of the estimator of `entropy_change`, on the same rows, by jvp.
 
     Of first order per token ``(1 / sum T) sum_i [dh_i + (h_i - R T_i) S_i]``, S a row's summed
@@ -158,8 +175,9 @@ def entropy_series(terms: tuple, batch: Rows, *, per: Per = "token") -> Series:
     Args:
         terms: from `taylor`: the scores and their derivatives, orders 0..M.
         batch: gives response [N, R] and group [N].
-        per: "token" or "sequence".
+        weights, per: those of the estimator.
     """
+    estimator = _estimator(weights)
     response, group = _rows(batch, terms[0].logp)
     base, *derivatives = terms
     logp = torch.stack([d.logp.double() for d in derivatives])
@@ -167,7 +185,7 @@ def entropy_series(terms: tuple, batch: Rows, *, per: Per = "token") -> Series:
 
     def at(t: Tensor):
         change = type(base)(_taylor(logp, t), _taylor(entropy, t))
-        return _change(base, change, response, per)
+        return estimator(base, change, response, per)
 
     orders = _nested(at, len(derivatives), logp.new_zeros(()))
     return Series(
@@ -186,7 +204,13 @@ def _base(base: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor, Ten
     return ratio, h - ratio * size, size
 
 
-def _change(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor]:
+def _estimator(weights: Weights):
+    if weights not in ("sequence", "prefix"):
+        raise ValueError(f"weights must be 'sequence' or 'prefix', not {weights!r}.")
+    return _by_sequence if weights == "sequence" else _by_prefix
+
+
+def _by_sequence(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor]:
     """The change [...] and its influence values by row [..., N], over n."""
     _, centred, size = _base(base, response, per)
     dh = torch.where(response, change.entropy.double(), 0.0).sum(-1)
@@ -196,6 +220,37 @@ def _change(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[T
     tilt = (e * size).sum(-1, keepdim=True) / size.sum()
     psi = (e * centred + w * (dh - value * size) - centred * tilt) / norm
     return value.squeeze(-1), psi
+
+
+def _by_prefix(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor]:
+    """The same with prefix weights; the influence values see their normalisation as estimated."""
+    ratio, centred, size = _base(base, response, per)
+    per_token = per == "token"
+    r, rho = _prefix_weights(torch.where(response, change.logp.double(), 0.0))
+    dh = torch.where(response, change.entropy.double(), 0.0)
+    u = torch.where(response, base.entropy.double() - (ratio if per_token else 0.0), 0.0)
+    moved = torch.where(response, r * u + rho * dh, 0.0)
+    tilt = torch.where(response, r, 0.0).sum((-2, -1), keepdim=True) if per_token else 0.0
+    norm = size.sum() + tilt  # n per sequence
+    value = moved.sum((-2, -1), keepdim=True) / norm
+    if per_token:
+        moved = moved - torch.where(response, rho * value, 0.0)
+    drift = moved - r * u.mean(-2, keepdim=True) - rho * moved.mean(-2, keepdim=True)
+    psi = drift.sum(-1, keepdim=True) - centred.unsqueeze(-1) * tilt / size.sum()
+    return value.squeeze((-2, -1)), (psi / norm).squeeze(-1)
+
+
+def _prefix_weights(logp: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalised weights of the tokens before each, less 1 and as they are, [..., N, R]."""
+    before = logp.cumsum(-1) - logp
+    largest = before.amax(-2, keepdim=True).detach()
+    rho = (before - largest).exp()
+    rho = rho / rho.mean(-2, keepdim=True)
+    # expm1 is exact at small changes; where it would overflow the one is below rounding.
+    f = torch.expm1(before.clamp(max=30))
+    mean = f.mean(-2, keepdim=True)
+    r = torch.where(largest > 30, rho - 1, (f - mean) / (1 + mean))
+    return r, torch.where(largest > 30, rho, 1 + r)
 
 
 def _scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
