@@ -42,6 +42,13 @@ class ProbeArguments:
     recipe: str = field(
         default="dr_grpo", metadata={"help": "reinforce, rloo, grpo, dr_grpo or dapo."}
     )
+    weights: str = field(
+        default="sequence",
+        metadata={
+            "help": "Importance weights: plain SNIS, or position-normalised by prefix.",
+            "choices": ["sequence", "prefix"],
+        },
+    )
     per: str = field(
         default="token",
         metadata={"help": "Entropy per token or per sequence.", "choices": ["token", "sequence"]},
@@ -162,6 +169,7 @@ def _probe(arguments: ProbeArguments) -> None:
         read_batch(evaluation, checkpoint.tokenizer),
         lambda lr: parse_etas(etas, lr),
         recipe=arguments.recipe,
+        weights=arguments.weights,
         per=arguments.per,
         change=arguments.change,
         max_length=arguments.max_length,

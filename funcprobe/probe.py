@@ -33,6 +33,7 @@ def probe(
     etas: Sequence[float] | Tensor | Callable[[float], Sequence[float]] | None = None,
     *,
     recipe: str | Recipe = "dr_grpo",
+    weights: str = "sequence",
     per: str = "token",
     change: str = "increment",
     max_length: int | None = None,
@@ -54,7 +55,7 @@ def probe(
         etas: learning rates; a function gets the reference rate and returns them; the default is
             0, 0.25, 0.5, 1, 2 and 4 times that rate.
         recipe: the objective of the update.
-        per: the entropy's unit, "token" or "sequence".
+        weights, per: the estimator; see `entropy_change`.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
         max_length: the divisor of recipes with a constant one, in tokens.
         tokens: rows times positions times lanes of a block, at most. It bounds memory.
@@ -102,8 +103,8 @@ def probe(
     terms = merge([taylor(score, params, v, part, rows=len(part.tokens)) for part in parts], order)
     clock("slope")
 
-    estimate = entropy_change(swept, evaluation, per=per)
-    series = entropy_series(terms, evaluation, per=per)
+    estimate = entropy_change(swept, evaluation, weights=weights, per=per)
+    series = entropy_series(terms, evaluation, weights=weights, per=per)
     after = checksum(base | params)
     clock("statistics and checksum")
     with exact():
@@ -132,6 +133,7 @@ def probe(
             },
             "evaluation": _sizes(evaluation),
             "change": change,
+            "importance weights": weights,
             "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
             "precision": precision,
             "seconds": clock.seconds,
