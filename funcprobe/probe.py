@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .calculus.line import join, sweep_blocks
 from .calculus.precision import exact, settings
-from .calculus.rows import evaluate
+from .calculus.rows import REVERSE, evaluate
 from .calculus.step import adamw, direction, gradient
 from .calculus.taylor import taylor
 from .calculus.tree import Params, add_scaled, merge, norm
@@ -84,7 +84,7 @@ def probe(
         update = update._replace(old_logp=_widen(merge(scores, order).logp.double(), update))
     update = prepare(update, recipe, max_length=max_length)
     loss, grads = objective(score, recipe), None
-    for part in blocks(update, "gradient of U")[0]:
+    for part in blocks(update, "gradient of U", REVERSE)[0]:
         some = gradient(loss, params, part, rows=len(part.tokens))
         grads = some if grads is None else add_scaled(grads, some)
     step = adamw(grads, params, checkpoint.state, **checkpoint.adamw)

@@ -11,6 +11,9 @@ from .tree import Params, blocks, check_nan, concatenate, leaves, size
 # about this many elements of the batch's widest leaf, all lanes counted.
 _BLOCK = 4096
 
+# Reverse mode keeps what every layer computed; it counts as this many lanes.
+REVERSE = 8
+
 
 def default_rows(batch, lanes: int = 1) -> int:
     """How many rows make a block when the caller does not say."""

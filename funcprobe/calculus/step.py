@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .precision import exact
-from .rows import default_rows
+from .rows import REVERSE, default_rows
 from .tree import Params, blocks, check_direction, check_names, concatenate, leaves, norm, tree_map
 
 
@@ -45,7 +45,7 @@ def gradient(fn: Callable, params: Params, batch, *, rows: int | None = None) ->
     """
     total = None
     with torch.no_grad(), exact():
-        for part in blocks(batch, rows or default_rows(batch)):
+        for part in blocks(batch, rows or default_rows(batch, REVERSE)):
             grads = torch.func.grad(_sum(fn))(params, part)
             total = grads if total is None else tree_map(torch.add, total, grads)
     check_direction("gradient", total, params)
@@ -69,7 +69,7 @@ def row_gradients(fn: Callable, params: Params, batch, *, rows: int | None = Non
     each = torch.func.grad(of_row)
     parts = []
     with torch.no_grad(), exact():
-        for part in blocks(batch, rows or default_rows(batch)):
+        for part in blocks(batch, rows or default_rows(batch, REVERSE)):
             if rows == 1:
                 parts.append(
                     tree_map(lambda g: g.unsqueeze(0), torch.func.grad(_sum(fn))(params, part))
