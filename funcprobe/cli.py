@@ -13,6 +13,8 @@ from .checkpoint import load_checkpoint
 from .probe import probe
 from .records import read_batch, read_sampling
 
+BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
+
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
 
@@ -94,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         if command != "probe":
             raise ValueError(f"unknown command {command!r}; there is 'probe'.")
         _probe(_parse(rest))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"funcprobe: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
@@ -141,6 +143,10 @@ def _read_config(path: str) -> dict:
     unknown = sorted(set(settings) - set(names))
     if unknown:
         raise ValueError(f"{path}: unknown options {unknown}; there are {names}.")
+    for option in fields(ProbeArguments):
+        allowed = option.metadata.get("choices")
+        if allowed and option.name in settings and settings[option.name] not in allowed:
+            raise ValueError(f"{path}: {option.name} must be one of {allowed}.")
     if isinstance(settings.get("etas"), list):
         settings["etas"] = ",".join(map(str, settings["etas"]))
     return settings
@@ -148,7 +154,9 @@ def _read_config(path: str) -> dict:
 
 def _probe(arguments: ProbeArguments) -> None:
     path, update, evaluation = _inputs(arguments)
-    etas = arguments.etas
+    etas, max_length = arguments.etas, arguments.max_length
+    if arguments.checkpoint is None and max_length is None:
+        max_length = BUNDLED_MAX_LENGTH
     parse_etas(etas, 1.0)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(
@@ -172,7 +180,7 @@ def _probe(arguments: ProbeArguments) -> None:
         weights=arguments.weights,
         per=arguments.per,
         change=arguments.change,
-        max_length=arguments.max_length,
+        max_length=max_length,
         tokens=arguments.tokens,
         progress=True,
     )

@@ -7,7 +7,6 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from tqdm.auto import tqdm
 
 from .calculus.line import join, sweep_blocks
@@ -16,8 +15,8 @@ from .calculus.rows import REVERSE, evaluate
 from .calculus.step import adamw, direction, gradient
 from .calculus.taylor import taylor
 from .calculus.tree import Params, add_scaled, merge, norm
-from .language.batch import Batch, by_length, lengths
-from .language.objectives import Recipe, objective, prepare
+from .language.batch import Batch, by_length, lengths, trim
+from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import scorer
 from .report import Report
 from .statistics.change import entropy_change, entropy_series
@@ -67,7 +66,8 @@ def probe(
     """
     params, base = checkpoint.params, checkpoint.base
     device = next(iter(params.values())).device
-    update, evaluation = update.to(device), evaluation.to(device)
+    update, evaluation = trim(update).to(device), trim(evaluation).to(device)
+    _check(checkpoint, update, evaluation)
     support = params if checkpoint.sampling.top_p < 1 else None
     score = scorer(checkpoint.model, base, sampling=checkpoint.sampling, support=support)
     clock = _Clock()
@@ -78,10 +78,12 @@ def probe(
         parts, order = by_length(batch, tokens=max(tokens // lanes, 1))
         return tqdm(parts, name, disable=not progress), order
 
-    if update.old_logp[update.response].isnan().any():
+    unknown = update.old_logp.isnan()
+    if (unknown & update.response).any():
         parts, order = blocks(update, "log-probabilities of U")
         scores = [evaluate(score, params, part, rows=len(part.tokens)) for part in parts]
-        update = update._replace(old_logp=_widen(merge(scores, order).logp.double(), update))
+        here = merge(scores, order).logp.double()
+        update = update._replace(old_logp=torch.where(unknown, here, update.old_logp))
     update = prepare(update, recipe, max_length=max_length)
     loss, grads = objective(score, recipe), None
     for part in blocks(update, "gradient of U", REVERSE)[0]:
@@ -125,6 +127,7 @@ def probe(
             "update": _sizes(update)
             | {
                 "recipe": recipe if isinstance(recipe, str) else asdict(recipe),
+                "max length": max_length or update.response.shape[1],
                 "gradient norm": float(norm(grads)),
                 "clip": float(step.clip),
                 "norm of v": float(norm(v)),
@@ -138,7 +141,11 @@ def probe(
             "precision": precision,
             "seconds": clock.seconds,
         },
-        flags=(*doubts(estimate), *_doubts(swept, evaluation, change)),
+        flags=(
+            *doubts(estimate),
+            *_doubts(swept, evaluation, change),
+            *_guesses(update, recipe, max_length),
+        ),
         arrays={
             "base.logp": swept.base.logp,
             "base.entropy": swept.base.entropy,
@@ -174,8 +181,16 @@ class _Clock:
         self._last = now
 
 
-def _widen(values: Tensor, batch: Batch) -> Tensor:
-    return pad(values, (0, batch.response.shape[1] - values.shape[1]))
+def _check(checkpoint, update: Batch, evaluation: Batch) -> None:
+    """Refuses batches of another tokenizer before anything is computed."""
+    for name, batch in (("U", update), ("E", evaluation)):
+        tokens = batch.tokens[batch.attention]
+        if not 0 <= tokens.min() <= tokens.max() < checkpoint.model.vocabulary:
+            raise ValueError(
+                f"probe: token ids from 0 to {checkpoint.model.vocabulary - 1} were expected, "
+                f"{name} has {int(tokens.min())} to {int(tokens.max())}. It was tokenised for "
+                "another model."
+            )
 
 
 def _sizes(batch: Batch) -> dict[str, int]:
@@ -208,3 +223,15 @@ def _doubts(swept, evaluation: Batch, change: str) -> list[str]:
             "Give sweep a rule for them, or load the checkpoint in float64."
         )
     return found
+
+
+def _guesses(update: Batch, recipe: str | Recipe, max_length: int | None) -> list[str]:
+    """What the caller left open that changes the update."""
+    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
+    if recipe.aggregate != "constant" or max_length is not None:
+        return []
+    return [
+        f"U's longest response, {update.response.shape[1]} tokens, was taken as the constant that "
+        "the loss is divided by. The saved moments are in the run's own unit: pass max_length= its "
+        "longest allowed completion."
+    ]

@@ -120,7 +120,7 @@ def _records(path) -> list[dict]:
     except UnicodeDecodeError as error:
         raise ValueError(f"read_batch: {path} is not a text file of JSON lines: {error}") from error
     records = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -136,9 +136,12 @@ def _records(path) -> list[dict]:
 
 
 def _prompt(path, row: int, record: dict, tokenizer) -> list[int]:
-    prompt = record.get("prompt_ids", record.get("prompt"))
+    prompt = record.get("prompt_ids")
+    prompt = record.get("prompt") if prompt is None else prompt
     if prompt is None:
         raise ValueError(f"read_batch: {path}, row {row} has neither prompt_ids nor prompt.")
+    if prompt is record.get("prompt_ids"):
+        return _ids(path, row, "prompt_ids", prompt)
     try:
         return encode_prompt(prompt, tokenizer)
     except (ValueError, TypeError) as error:
@@ -146,14 +149,21 @@ def _prompt(path, row: int, record: dict, tokenizer) -> list[int]:
 
 
 def _completion(path, row: int, record: dict, tokenizer) -> list[int]:
-    if "completion_ids" in record:
-        return list(record["completion_ids"])
-    if "completion" not in record or tokenizer is None:
+    ids = record.get("completion_ids")
+    if ids is not None:
+        return _ids(path, row, "completion_ids", ids)
+    if record.get("completion") is None or tokenizer is None:
         raise ValueError(
             f"read_batch: {path}, row {row} needs completion_ids, or completion and a tokenizer."
         )
     ids = tokenizer(record["completion"], add_special_tokens=False).input_ids
     return list(ids) + ([] if record.get("truncated") else [tokenizer.eos_token_id])
+
+
+def _ids(path, row: int, name: str, ids) -> list[int]:
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f"read_batch: {path}, row {row}: {name} must be a list of integers.")
+    return ids
 
 
 def _field(path, records: Sequence[dict], name: str) -> list | None:
@@ -165,6 +175,10 @@ def _field(path, records: Sequence[dict], name: str) -> list | None:
         )
     if not all(having):
         return None
-    unknown = [math.nan] * max(len(record.get("completion_ids", [])) for record in records)
+    if name == "group":
+        wrong = [i for i, record in enumerate(records) if type(record["group"]) is not int]
+        if wrong:
+            raise ValueError(f"read_batch: {path}, row {wrong[0]}: group must be an integer.")
+    unknown = [math.nan] * max(len(record.get("completion_ids") or []) for record in records)
     unknown = unknown if name == "old_logp" else math.nan
     return [unknown if record[name] is None else record[name] for record in records]

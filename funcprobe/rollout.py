@@ -85,8 +85,10 @@ def rollout(
         for g in missing:
             draws[g] = []
         for g, (response, logp) in zip(each, sampled, strict=True):
-            text = checkpoint.tokenizer.decode(response, skip_special_tokens=True)
-            value = float("nan") if reward is None else float(reward(prompts[g], text))
+            value = float("nan")
+            if reward is not None:
+                text = checkpoint.tokenizer.decode(response, skip_special_tokens=True)
+                value = float(reward(prompts[g], text))
             draws[g].append((response, logp, value))
         missing = [g for g in missing if len({value for *_, value in draws[g]}) == 1]
         if not missing:
@@ -147,7 +149,7 @@ def _generate(checkpoint, params, prompts, sampling, max_new_tokens, seed, rows)
     warpers = [TemperatureLogitsWarper(sampling.temperature)] if sampling.temperature != 1 else []
     warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
     out = []
-    devices = [device] if device.type == "cuda" else []
+    devices = range(torch.cuda.device_count()) if device.type == "cuda" else []
     with torch.random.fork_rng(devices), exact(), checkpoint.model.precision():
         torch.manual_seed(seed)
         for start in range(0, len(prompts), rows):

@@ -294,3 +294,78 @@ def test_right_at_any_learning_rate(bundled_sweeps, per):
     slope = fp.entropy_series(terms, some, per=per).value[0]
     assert abs(float(exact[0] / etas[0] / slope) - 1) < 1e-6
     assert abs(float(change["float32", "increment"][0] / etas[0] / slope) - 1) < 1e-3
+
+
+def test_operations_in_place_rebind_and_touch_nothing():
+    x, d = torch.tensor([0.5, 2.0], dtype=torch.float64), torch.tensor([1e-9, -1e-9]).double()
+    kept = x.clone()
+
+    def fn(params, _):
+        h = params["x"]
+        h += 1.0
+        h.mul_(params["x"] * 0 + 3.0)
+        h.masked_fill_(torch.tensor([False, True]), 0.0)
+        return h
+
+    value, out = increment(fn, {"x": x}, {"x": d})(None)
+    assert torch.equal(x, kept)
+    assert torch.allclose(value, torch.tensor([4.5, 0.0]).double())
+    assert torch.allclose(out, torch.tensor([3e-9, 0.0]).double(), rtol=1e-12, atol=0)
+
+    def writes(params, _):
+        out = torch.zeros(2, dtype=torch.float64)
+        out[0] = params["x"][0]
+        return out
+
+    with pytest.raises(ValueError, match="writes a changing tensor"):
+        increment(writes, {"x": x}, {"x": d})(None)
+
+
+@pytest.mark.parametrize(
+    ("fn", "want"),
+    [
+        (lambda x: torch.where(torch.ones(3, 2, dtype=torch.bool), x, 0.0).sum(), 3.0),
+        (lambda x: x.where(torch.tensor([True, False]), torch.zeros(2).double()), [1.0, 0.0]),
+        (lambda x: torch.where(torch.tensor([True, False]), input=x, other=-x), [1.0, 1.0]),
+        (lambda x: torch.sum(input=x), 0.0),
+        (lambda x: x.add(other=x), [2.0, -2.0]),
+        (lambda x: x.div(other=2.0), [0.5, -0.5]),
+        (lambda x: x.pow(exponent=2), [2.0, -4.0]),
+        (lambda x: torch.rsub(x, 1.0), [-1.0, 1.0]),
+        (lambda x: 1.0 - x, [-1.0, 1.0]),
+        (lambda x: 1.0 / x, [-1.0, 0.25]),
+        (lambda x: x.float() + torch.zeros(2).double(), [1.0, -1.0]),
+        (
+            lambda x: F.embedding(torch.tensor([1, 0, 1]), x.unsqueeze(1)).squeeze(1),
+            [-1.0, 1.0, -1.0],
+        ),
+        (lambda x: torch.addmm(x, torch.eye(2).double(), x.diag()), [[2.0, -1.0], [1.0, -2.0]]),
+        (lambda x: torch.stack(torch.unbind(x)[::-1]), [-1.0, 1.0]),
+        (lambda x: torch.stack(list(x.chunk(2)), 1), [[1.0, -1.0]]),
+    ],
+)
+def test_spellings(fn, want):
+    """Derivatives at [1, 2] along [1, -1], by a tiny increment."""
+    x, d = torch.tensor([1.0, 2.0]).double(), torch.tensor([1e-9, -1e-9]).double()
+    _, out = increment(lambda p, _: fn(p["x"]), {"x": x}, {"x": d})(None)
+    assert torch.allclose(out.double() / 1e-9, torch.tensor(want).double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fn", "complaint"),
+    [
+        (lambda x: x.to(torch.int64), "may jump"),
+        (lambda x: F.dropout(x, 0.5, training=True), "random"),
+        (lambda x: x.sum().item() * x, "reads a changing tensor"),
+    ],
+)
+def test_what_has_no_increment_is_refused(fn, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        increment(lambda p, _: fn(p["x"]), {"x": torch.ones(2)}, {"x": torch.ones(2)})(None)
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="typo"):
+        increment(
+            lambda p, _: p["x"], {"x": torch.ones(2)}, {"x": torch.ones(2), "typo": torch.ones(2)}
+        )

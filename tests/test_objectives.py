@@ -220,3 +220,9 @@ def test_values_of_another_shape_are_refused():
     batch = cases.batch()
     with pytest.raises(ValueError, match=r"must be \[8, 6\].*not \[8, 5\]"):
         fp.prepare(batch, "grpo", old_logp=torch.zeros(8, 5))
+
+
+@pytest.mark.parametrize("wrong", [{"baseline": "average"}, {"scale": "std"}, {"ratio": "both"}])
+def test_a_recipe_of_unknown_parts_is_refused(wrong):
+    with pytest.raises(ValueError, match="Recipe: .* must be one of"):
+        Recipe(**wrong)

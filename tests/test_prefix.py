@@ -147,6 +147,8 @@ def test_invariances_and_huge_weights():
     )
     c = entropy_change(swept(twice, [0.5]), double, weights="prefix")
     assert torch.allclose(a.value, c.value) and torch.allclose(a.stderr, c.stderr)
+    low = [terms[0], Scores(torch.where(rows.response, -15.0, 0.0), terms[1].entropy), terms[2]]
+    assert entropy_change(swept(low, [1.0]), rows, weights="prefix").value.isfinite().all()
     for size in (100.0, 2000.0, -2000.0):
         huge = entropy_change(swept(terms, [size]), rows, weights="prefix")
         assert huge.value.isfinite().all() and huge.stderr.isfinite().all()

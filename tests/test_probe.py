@@ -73,6 +73,31 @@ def test_the_probe_is_a_real_step_written_in_place(checkpoint, small, report):
             assert math.isclose(change, float(report.change.value[k]), rel_tol=1e-6)
 
 
+def test_it_is_the_step_that_the_run_itself_took_next(checkpoint, update, evaluation):
+    """The bundled run went on: what it logged at its step 21, on this U, from live modules."""
+    result = fp.probe(checkpoint, update, evaluation, [0.0], max_length=24)
+    assert result.about["update"]["gradient norm"] == pytest.approx(0.07113053649663925, rel=1e-5)
+    assert result.lr == pytest.approx(1.3333e-3, rel=1e-4)
+    score = fp.scorer(checkpoint.model, checkpoint.base)
+    entropy = fp.evaluate(score, checkpoint.params, update).entropy
+    mean = float(entropy.sum() / update.response.sum())
+    assert mean == pytest.approx(0.3116610316425636, rel=1e-5)
+    assert not any("longest response" in flag for flag in result.flags)
+
+
+def test_a_guessed_divisor_is_said(report):
+    assert any("pass max_length=" in flag for flag in report.flags)
+    assert report.about["update"]["max length"] == 18
+
+
+def test_batches_of_another_tokenizer_or_wider_than_needed(checkpoint, small):
+    alien = small[1]._replace(tokens=small[1].tokens + 1000)
+    with pytest.raises(ValueError, match="another model"):
+        fp.probe(checkpoint, small[0], alien)
+    short = small[1].rows(small[1].response.sum(1) < 8)
+    assert fp.probe(checkpoint, small[0], short, [1e-5]).change.value.isfinite().all()
+
+
 def test_the_probe_composes_the_public_functions(checkpoint, small, report):
     update, evaluation = small
     score = fp.scorer(checkpoint.model, checkpoint.base)

@@ -66,7 +66,8 @@ def interpolate(
             raise ValueError(
                 f"sweep: the curve over [{low:.3g}, {high:.3g}] is not smooth enough for "
                 f"nodes='auto': with {_MOST} nodes its relative error is {error / size:.1e}, "
-                f"{tol:.0e} was asked for. Narrow the range, raise tol, or leave nodes out."
+                f"{tol:.0e} was asked for. Narrow the range, raise tol, or leave nodes out. "
+                "Differences of float32 values are rough themselves, change='increment' is not."
             )
     curve = tree_map(lambda leaf, s: _times(_apply(known, etas, leaf), etas).to(s.dtype), g, slope)
     source = torch.full(etas.shape, INTERPOLATED, dtype=torch.int8)

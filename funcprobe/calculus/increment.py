@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tree import Params, tree_map
+from .tree import Params, check_direction, tree_map
 
 
 @dataclass
@@ -58,7 +58,11 @@ class Increment(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if "input" in kwargs and not args:
+            args = (kwargs.pop("input"),)
         scope = _scope(args, kwargs)
+        if _writes(func) and func not in scope.rules:
+            return _in_place(func.__name__, *args, **kwargs)
         rule = scope.rules.get(func)
         out = NotImplemented if rule is None else rule(func, *args, **kwargs)
         if out is NotImplemented:
@@ -87,11 +91,16 @@ def increment(
         delta: their change, of the same names and shapes.
         rules: a table instead of `RULES`; extend it by ``RULES | {op: rule}``. A rule gets the
             operation and its arguments, some of them Increments, and returns (value, change).
+
+    Raises:
+        ValueError: names or shapes that do not fit; where the function is called, an operation
+            whose result may jump (a comparison), or that writes a change into a fixed tensor.
     """
+    check_direction("increment", delta, params)
     scope = Scope(RULES if rules is None else rules)
 
     def changed(batch):
-        moving = {name: Increment(p, delta[name], scope) for name, p in params.items()}
+        moving = {name: Increment(p, delta[name].to(p), scope) for name, p in params.items()}
         out = fn(moving, batch)
         return tree_map(_value, out), tree_map(_change, out)
 
@@ -145,9 +154,10 @@ def _subtract(op, *args, **kwargs):
     """The fallback: evaluate twice."""
     value = op(*_map(_value, args), **_map(_value, kwargs))
     moved = op(*_map(_moved, args), **_map(_moved, kwargs))
+    if isinstance(value, tuple | list):
+        return tuple(value), tuple(m - v for v, m in zip(value, moved, strict=True))
     if not isinstance(value, Tensor):
-        parts = [(v, m - v) for v, m in zip(value, moved, strict=True)]
-        return tuple(v for v, _ in parts), tuple(c for _, c in parts)
+        raise ValueError(f"increment: {op.__name__} reads a changing tensor as {value!r}.")
     if not value.is_floating_point():
         raise ValueError(
             f"increment: {op.__name__} of a changing tensor gives {value.dtype}, and what follows "
@@ -160,7 +170,39 @@ def _linear_of_first(op, a, *args, **kwargs):
     """Views, sums, gathers: the change of the result is the operation on the change."""
     if _scope(args, kwargs):
         return NotImplemented
-    return op(a.x, *args, **kwargs), op(a.d, *args, **kwargs)
+    value = op(a.x, *args, **kwargs)
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return NotImplemented  # a cast to integers jumps
+    return value, op(a.d, *args, **kwargs)
+
+
+def _writes(op) -> bool:
+    """Whether an operation is named as one in place: add_, __setitem__, ..."""
+    name = getattr(op, "__name__", "")
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _in_place(name, a, *args, **kwargs):
+    """The operation out of place, and the Increment rebound; a fixed tensor cannot hold one."""
+    functional = getattr(Tensor, name.rstrip("_"), None)
+    if not isinstance(a, Increment) or functional is None:
+        raise ValueError(
+            f"increment: {name} writes a changing tensor into another, which has no rule. "
+            "Write the function without it (torch.where, torch.cat)."
+        )
+    out = functional(a, *args, **kwargs)
+    a.x, a.d = out.x, out.d
+    return a
+
+
+def _dropout(op, a, p=0.5, training=True, inplace=False):
+    if training and p > 0:
+        raise ValueError("increment: dropout is on, so the function is random. Call eval().")
+    return a.x, a.d
+
+
+def _embedding(op, ids, weight, *args, **kwargs):
+    return op(ids, weight.x, *args, **kwargs), op(ids, weight.d, *args, **kwargs)
 
 
 def _like(op, a, other):
@@ -194,8 +236,8 @@ def _elementwise(change: Callable):
 
 
 def _add(sign: float, reverse: bool = False):
-    def rule(op, a, b, *, alpha=1):
-        s = sign * alpha
+    def rule(op, a, other, *, alpha=1):
+        b, s = other, sign * alpha
         da, db = getattr(a, "d", None), getattr(b, "d", None)
         value = op(_value(a), _value(b), **({} if alpha == 1 else {"alpha": alpha}))
         if reverse:
@@ -206,7 +248,7 @@ def _add(sign: float, reverse: bool = False):
             db = db if s == 1 else -db if s == -1 else s * db
             change = db if da is None else da + db
         # Broadcasting is the value's: a narrower change is expanded to it.
-        return value, change.expand(value.shape)
+        return value, change.expand(value.shape).to(value.dtype)
 
     return rule
 
@@ -231,13 +273,14 @@ def _linear(op, x, weight, bias=None):
     return value + _value(bias), change
 
 
-def _addmm(op, bias, a, b):
-    return _linear(torch.mm, a, b, bias)
+def _addmm(op, bias, a, b, *, beta=1, alpha=1):
+    return _linear(torch.mm, a, b, bias) if beta == alpha == 1 else NotImplemented
 
 
-def _divide(op, a, b, *, rounding_mode=None):
+def _divide(op, a, other, *, rounding_mode=None):
     if rounding_mode is not None:
         return NotImplemented
+    b = other
     x, y = _value(a), _value(b)
     q = op(x, y)
     if not isinstance(b, Increment):
@@ -246,7 +289,8 @@ def _divide(op, a, b, *, rounding_mode=None):
     return q, numerator / b.moved
 
 
-def _power(op, a, n):
+def _power(op, a, exponent):
+    n = exponent
     if isinstance(a, Increment) and not isinstance(n, Tensor):
         x, d, y = a.x, a.d, op(_value(a), n)
         if n == 2:
@@ -262,17 +306,23 @@ def _power(op, a, n):
     return NotImplemented
 
 
-def _where(op, condition, a, b):
-    value = op(condition, _value(a), _value(b))
-    da, db = (t.d if isinstance(t, Increment) else value.new_zeros(()) for t in (a, b))
-    return value, op(condition, da, db)
+def _where(op, condition, input, other):
+    if op is Tensor.where:
+        condition, input = input, condition
+    value = torch.where(condition, _value(input), _value(other))
+    da, db = (t.d if isinstance(t, Increment) else value.new_zeros(()) for t in (input, other))
+    return value, torch.where(condition, da, db).expand(value.shape)
 
 
-def _masked_fill(op, a, mask, fill):
-    return op(a.x, mask, fill), a.d.masked_fill(mask, 0.0)
+def _masked_fill(op, a, mask, value):
+    if not isinstance(a, Increment) or isinstance(value, Increment):
+        return _where(torch.where, mask, value, a)
+    return op(a.x, mask, value), a.d.masked_fill(mask, 0.0)
 
 
 def _clamp(op, a, min=None, max=None):
+    if _scope((min, max)):
+        return NotImplemented
     x, d = a.x, a.d
     y, moved = op(x, min=min, max=max), op(x + d, min=min, max=max)
     return y, torch.where((y == x) & (moved == x + d), d, moved - y)
@@ -291,18 +341,22 @@ def _amax(op, a, dim=(), keepdim=False):
 
 
 def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
+    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
     p = x.softmax(dim)
     return p, p * torch.expm1(d - _d_logsumexp(p, d, dim))
 
 
 def _log_softmax(op, a, dim=None, _stacklevel=3, dtype=None):
+    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
     y = x.log_softmax(dim)
     return y, d - _d_logsumexp(y.exp(), d, dim)
 
 
 def _logsumexp(op, a, dim, keepdim=False):
+    if not isinstance(dim, int):
+        return NotImplemented
     change = _d_logsumexp(a.x.softmax(dim), a.d, dim)
     return op(a.x, dim, keepdim=keepdim), change if keepdim else change.squeeze(dim)
 
@@ -421,20 +475,23 @@ def _table() -> dict[Callable, Callable]:
     give(_linear_of_first, "__getitem__", "chunk", "split", "unbind", "tensor_split")
     give(_linear_of_first, "gather", "take_along_dim", "sum", "mean", "cumsum", "neg", "__neg__")
     give(_linear_of_first, "clone", "detach", "to", "type", "float", "double", "tril", "triu")
-    give(_linear_of_first, "dropout", "diagonal", "broadcast_to", "requires_grad_")
+    give(_linear_of_first, "half", "bfloat16", "cpu", "cuda")
+    give(_linear_of_first, "diagonal", "broadcast_to", "requires_grad_")
     give(_like, "view_as", "expand_as", "type_as")
     give(_linear_of_list, "cat", "concat", "stack", "hstack", "vstack")
     give(_fixed, "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor")
     give(_fixed, "zeros_like", "ones_like", "full_like", "empty_like")
-    give(_add(1.0), "add", "__add__", "__radd__", "__iadd__")
-    give(_add(-1.0), "sub", "subtract", "__sub__", "__isub__")
+    give(_add(1.0), "add", "__add__", "__radd__")
+    give(_add(-1.0), "sub", "subtract", "__sub__")
     give(_add(-1.0, reverse=True), "rsub", "__rsub__")
-    give(_product, "mul", "multiply", "__mul__", "__rmul__", "__imul__")
+    give(_product, "mul", "multiply", "__mul__", "__rmul__")
     give(_product, "matmul", "__matmul__", "bmm", "mm")
     give(_linear, "linear")
     give(_addmm, "addmm")
-    give(_divide, "div", "divide", "true_divide", "__truediv__", "__div__", "__itruediv__")
+    give(_divide, "div", "divide", "true_divide", "__truediv__", "__div__")
     give(_power, "pow", "__pow__")
+    give(_dropout, "dropout")
+    give(_embedding, "embedding")
     give(_where, "where")
     give(_masked_fill, "masked_fill")
     give(_clamp, "clamp", "clip")
@@ -467,6 +524,7 @@ def _table() -> dict[Callable, Callable]:
 
 
 _METADATA = {
+    *(getattr(torch, name) for name in ("is_floating_point", "is_complex", "numel")),
     *(
         getattr(Tensor, name).__get__
         for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda")

@@ -76,11 +76,18 @@ def changes(
     if len(k) > 1:
         raise ValueError(f"changes: every delta must lead with the same K, found {sorted(k)}.")
     k = k.pop() if k else 0
+    if k == 0:
+        raise ValueError("changes: one or more deltas were expected, there are none.")
     expanded = {name: p.expand(k, *p.shape) for name, p in params.items()}
     check_direction("changes", deltas, expanded)
     options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
     return _changes(
-        fn, params, lambda some: {n: d[some] for n, d in deltas.items()}, k, batch, options
+        fn,
+        params,
+        lambda some: {n: d[some].to(params[n]) for n, d in deltas.items()},
+        k,
+        batch,
+        options,
     )[:2]
 
 
@@ -117,7 +124,7 @@ def sweep(
             curve that "auto" cannot interpolate to `tol`.
     """
     check_direction("sweep", v, params)
-    etas = torch.as_tensor(etas, dtype=torch.float64).flatten()
+    etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
     if len(etas) == 0 or not etas.isfinite().all():
         raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
 
@@ -172,6 +179,8 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
             the blocks' order. Leaves of ragged width are padded with zeros to the widest.
     """
     sweeps = list(sweeps)
+    if not sweeps:
+        raise ValueError("join: one or more sweeps were expected, there are none.")
     first = sweeps[0]
     if any(not torch.equal(first.etas, other.etas) for other in sweeps[1:]):
         raise ValueError("join: the sweeps must share their etas; these are of different ones.")
@@ -179,6 +188,7 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
         base=merge([s.base for s in sweeps], order),
         change=merge([s.change for s in sweeps], order, dim=1),
         bound=torch.stack([s.bound for s in sweeps]).amax(0),
+        source=torch.stack([s.source for s in sweeps]).amax(0),
         fallbacks=tuple(sorted({name for s in sweeps for name in s.fallbacks})),
     )
 

@@ -5,7 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
-_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_BACKENDS = (
+    torch.backends.cuda.matmul,
+    torch.backends.mkldnn.matmul,
+    torch.backends.cudnn.conv,
+    torch.backends.mkldnn.conv,
+)
 _REDUCTIONS = (
     "allow_bf16_reduced_precision_reduction",
     "allow_fp16_reduced_precision_reduction",

@@ -45,7 +45,8 @@ def add_scaled(a: Params, b: Params, scale: float | Tensor = 1.0) -> Params:
 def dot(a: Params, b: Params) -> Tensor:
     """The inner product of two trees of the same names, [] float64, summed in float64."""
     check_names("dot", b, a)
-    return sum((a[name].double() * b[name].double()).sum() for name in a)
+    products = ((a[name].double() * b[name].double()).sum() for name in a)
+    return sum(products, torch.zeros((), dtype=torch.float64))
 
 
 def norm(a: Params) -> Tensor:
@@ -145,6 +146,9 @@ def merge(trees: Sequence, order: Tensor | None = None, dim: int = 0):
             the blocks' order.
     """
     back = None if order is None else torch.argsort(order)
+    rows = sum(leaves(tree)[0].shape[dim] for tree in trees)
+    if back is not None and len(back) != rows:
+        raise ValueError(f"merge: the order is of {len(back)} rows, the blocks hold {rows}.")
 
     def leaf(*parts: Tensor) -> Tensor:
         if parts[0].ndim > dim + 1:

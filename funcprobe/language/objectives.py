@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class Recipe:
     clip_high: float = 0.2
     beta: float = 0.0
     aggregate: Literal["sequence_sum", "sequence_mean", "token_mean", "constant"] = "constant"
+
+    def __post_init__(self):
+        for name, kind in get_type_hints(type(self)).items():
+            allowed = get_args(kind)
+            if allowed and getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"Recipe: {name} must be one of {allowed}, not {getattr(self, name)!r}."
+                )
 
 
 RECIPES: dict[str, Recipe] = {
@@ -134,7 +142,8 @@ def advantages(reward: Tensor, group: Tensor, recipe: Recipe) -> Tensor:
         square = torch.zeros_like(total).index_add(0, index, (reward - mean) ** 2)
         out = out / ((square / (count - 1).clamp(min=1)).sqrt()[index] + recipe.scale_eps)
     elif recipe.scale == "batch":
-        out = out / (reward.std() + recipe.scale_eps)
+        spread = reward.std() if len(reward) > 1 else 0.0
+        out = out / (spread + recipe.scale_eps)
     return out
 
 
@@ -202,7 +211,7 @@ def _like(batch: Batch, values: Tensor) -> Tensor:
             f"prepare: per-token values must be {list(batch.response.shape)} like the batch's "
             f"responses, not {list(values.shape)}."
         )
-    return values.detach().double()
+    return values.detach().double().to(batch.response.device)
 
 
 def _prepared(batch: Batch) -> None:

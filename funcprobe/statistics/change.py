@@ -137,6 +137,9 @@ def entropy_change(
         weights: "sequence" (plain SNIS) or "prefix" (position-normalised).
         per: "token" (ratio of sums) or "sequence" (mean of sums), in nats.
 
+    Raises:
+        ValueError: the batch is not that of the sweep, or holds a token of probability 0.
+
     >>> import torch, types
     >>> score = lambda l, h: types.SimpleNamespace(logp=torch.tensor(l), entropy=torch.tensor(h))
     >>> sweep = types.SimpleNamespace(etas=torch.tensor([0.1]), base=score([[-1.0], [-1.0]],
@@ -176,6 +179,9 @@ def entropy_series(
         terms: from `taylor`: the scores and their derivatives, orders 0..M.
         batch: gives response [N, R] and group [N].
         weights, per: those of the estimator.
+
+    Raises:
+        ValueError: as `entropy_change`.
     """
     estimator = _estimator(weights)
     response, group = _rows(batch, terms[0].logp)
@@ -246,11 +252,12 @@ def _prefix_weights(logp: Tensor) -> tuple[Tensor, Tensor]:
     largest = before.amax(-2, keepdim=True).detach()
     rho = (before - largest).exp()
     rho = rho / rho.mean(-2, keepdim=True)
-    # expm1 is exact at small changes; where it would overflow the one is below rounding.
+    # expm1 is exact at small changes; far from them nothing cancels.
+    far = (largest > 30) | (largest < -1)
     f = torch.expm1(before.clamp(max=30))
     mean = f.mean(-2, keepdim=True)
-    r = torch.where(largest > 30, rho - 1, (f - mean) / (1 + mean))
-    return r, torch.where(largest > 30, rho, 1 + r)
+    r = torch.where(far, rho - 1, (f - mean) / torch.where(far, 1.0, 1 + mean))
+    return r, torch.where(far, rho, 1 + r)
 
 
 def _scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,12 +275,21 @@ def _scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(batch: Rows, logp: Tensor) -> tuple[Tensor, Tensor]:
-    if batch.response.shape != logp.shape[-2:]:
+    response, width = batch.response, logp.shape[-1]
+    if response[:, width:].any() or response[:, :width].shape != logp.shape[-2:]:
         raise ValueError(
             f"the batch has responses {list(batch.response.shape)} but the scores are "
             f"{list(logp.shape)}: they belong to another batch, or join() lacked its order."
         )
-    return batch.response.to(logp.device), batch.group.to(logp.device)
+    response = response[:, :width].to(logp.device)
+    impossible = ((logp == -torch.inf) & response).any(-1).nonzero().flatten().tolist()
+    if impossible:
+        raise ValueError(
+            f"the scored policy cannot produce tokens of {len(impossible)} rows, "
+            f"{impossible[:5]}: they lie outside its nucleus. The responses were sampled with "
+            "another top_p, temperature or model than they are scored with."
+        )
+    return response, batch.group.to(logp.device)
 
 
 def _taylor(derivatives: Tensor, t: Tensor) -> Tensor:
