@@ -82,7 +82,9 @@ class ProbeArguments:
         default=1.0,
         metadata={"help": "Gradient clipping, which checkpoints do not save; 0 is off."},
     )
-    tokens: int = field(default=4096, metadata={"help": "Positions computed at once."})
+    tokens: int | None = field(
+        default=None, metadata={"help": "Positions computed at once; bounds memory."}
+    )
     output: str = field(default="probe", metadata={"help": "Folder for report.json and the rest."})
 
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from .calculus.line import join, sweep_blocks
 from .calculus.precision import exact, settings
-from .calculus.rows import REVERSE, evaluate
+from .calculus.rows import REVERSE, block_size, evaluate
 from .calculus.step import adamw, direction, gradient
 from .calculus.taylor import taylor
 from .calculus.tree import Params, add_scaled, merge, norm
@@ -36,7 +36,7 @@ def probe(
     per: str = "token",
     change: str = "increment",
     max_length: int | None = None,
-    tokens: int = 4096,
+    tokens: int | None = None,
     lanes: int = 8,
     progress: bool = False,
 ) -> Report:
@@ -57,7 +57,8 @@ def probe(
         weights, per: the estimator; see `entropy_change`.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
         max_length: the divisor of recipes with a constant one, in tokens.
-        tokens: rows times positions times lanes of a block, at most. It bounds memory.
+        tokens: rows times positions times lanes of a block, at most. It bounds memory; the default
+            is 1024 on a CPU.
         lanes: parameter points per block, at most; see `changes`.
         progress: show bars on standard error.
 
@@ -66,6 +67,7 @@ def probe(
     """
     params, base = checkpoint.params, checkpoint.base
     device = next(iter(params.values())).device
+    divisor = max_length or update.response.shape[1]
     update, evaluation = trim(update).to(device), trim(evaluation).to(device)
     _check(checkpoint, update, evaluation)
     support = params if checkpoint.sampling.top_p < 1 else None
@@ -75,7 +77,7 @@ def probe(
     clock("checksum")
 
     def blocks(batch: Batch, name: str, lanes: int = 1):
-        parts, order = by_length(batch, tokens=max(tokens // lanes, 1))
+        parts, order = by_length(batch, tokens=max((tokens or block_size(device)) // lanes, 1))
         return tqdm(parts, name, disable=not progress), order
 
     unknown = update.old_logp.isnan()
@@ -84,7 +86,7 @@ def probe(
         scores = [evaluate(score, params, part, rows=len(part.tokens)) for part in parts]
         here = merge(scores, order).logp.double()
         update = update._replace(old_logp=torch.where(unknown, here, update.old_logp))
-    update = prepare(update, recipe, max_length=max_length)
+    update = prepare(update, recipe, max_length=divisor)
     loss, grads = objective(score, recipe), None
     for part in blocks(update, "gradient of U", REVERSE)[0]:
         some = gradient(loss, params, part, rows=len(part.tokens))
@@ -95,7 +97,8 @@ def probe(
 
     lr = float(step.lr)
     etas = [lr * m for m in MULTIPLES] if etas is None else etas(lr) if callable(etas) else etas
-    lanes = min(lanes, len(torch.as_tensor(etas).flatten()) + 1)
+    points = len(torch.as_tensor(etas).flatten()) + (change == "direct")
+    lanes = max(min(lanes, points), 1)
     parts, order = blocks(evaluation, "sweep over E", lanes)
     # One call a block of rows: rows= takes every row of it at once.
     same = {"change": change, "rows": len(evaluation.tokens), "lanes": lanes}
@@ -127,7 +130,7 @@ def probe(
             "update": _sizes(update)
             | {
                 "recipe": recipe if isinstance(recipe, str) else asdict(recipe),
-                "max length": max_length or update.response.shape[1],
+                "max length": divisor,
                 "gradient norm": float(norm(grads)),
                 "clip": float(step.clip),
                 "norm of v": float(norm(v)),
@@ -144,7 +147,7 @@ def probe(
         flags=(
             *doubts(estimate),
             *_doubts(swept, evaluation, change),
-            *_guesses(update, recipe, max_length),
+            *_guesses(recipe, max_length, divisor),
         ),
         arrays={
             "base.logp": swept.base.logp,
@@ -225,13 +228,13 @@ def _doubts(swept, evaluation: Batch, change: str) -> list[str]:
     return found
 
 
-def _guesses(update: Batch, recipe: str | Recipe, max_length: int | None) -> list[str]:
+def _guesses(recipe: str | Recipe, max_length: int | None, divisor: int) -> list[str]:
     """What the caller left open that changes the update."""
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     if recipe.aggregate != "constant" or max_length is not None:
         return []
     return [
-        f"U's longest response, {update.response.shape[1]} tokens, was taken as the constant that "
-        "the loss is divided by. The saved moments are in the run's own unit: pass max_length= its "
-        "longest allowed completion."
+        f"U's longest response, {divisor} tokens, was taken as the constant that the loss is "
+        "divided by. The saved moments are in the run's own unit: pass max_length= its longest "
+        "allowed completion."
     ]

@@ -34,8 +34,7 @@ def test_quickstart():
     assert says.strip().endswith("True")
     # Sampled and float32 figures may differ in rounding on another machine; these may not.
     assert said.splitlines()[:6] == says.splitlines()[:6]
-    for line in ("dH = -5.378e-03 +- 5.8e-04", "slope -4.2339"):
-        assert line in said and line in says
+    assert said.splitlines()[8:15] == says.splitlines()[8:15]
 
 
 @pytest.mark.real

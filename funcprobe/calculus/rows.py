@@ -8,18 +8,25 @@ from .precision import exact
 from .tree import Params, blocks, check_nan, concatenate, leaves, size
 
 # NOTE [block size]: rows and lanes follow from shapes alone, so that results repeat. A block holds
-# about this many elements of the batch's widest leaf, all lanes counted.
-_BLOCK = 4096
+# about this many elements of the batch's widest leaf, all lanes counted: on a CPU what its caches
+# hold, elsewhere what keeps the device busy.
+_BLOCK = {"cpu": 1024}
+_BLOCK_ELSEWHERE = 16384
 
 # Reverse mode keeps what every layer computed; it counts as this many lanes.
-REVERSE = 8
+REVERSE = 2
+
+
+def block_size(device: torch.device) -> int:
+    """How many positions a block holds when the caller does not say."""
+    return _BLOCK.get(device.type, _BLOCK_ELSEWHERE)
 
 
 def default_rows(batch, lanes: int = 1) -> int:
     """How many rows make a block when the caller does not say."""
-    n = max(size(batch), 1)
-    width = max(leaf.numel() // n for leaf in leaves(batch))
-    return max(_BLOCK // (max(width, 1) * lanes), 1)
+    n, tensors = max(size(batch), 1), leaves(batch)
+    width = max(leaf.numel() // n for leaf in tensors)
+    return max(block_size(tensors[0].device) // (max(width, 1) * lanes), 1)
 
 
 @torch.no_grad()

@@ -84,8 +84,8 @@ def contenders(module: nn.Module, batch: fp.Batch, etas: list[float]) -> dict[st
     eager.set_attn_implementation("eager") if hasattr(eager, "set_attn_implementation") else None
     eager.base_model.model.config._attn_implementation = "eager"
     tensors = dict(eager.named_parameters()) | dict(eager.named_buffers())
-    lanes = min(len(etas) + 1, 8)
-    blocks, order = fp.by_length(batch, tokens=4096 // lanes)
+    lanes = 5
+    blocks, order = fp.by_length(batch, tokens=1024 // lanes)
     score = fp.scorer(model, base)
 
     def sweep():
@@ -124,9 +124,9 @@ def contenders(module: nn.Module, batch: fp.Batch, etas: list[float]) -> dict[st
     }
 
 
-def peak_above_weights(name: str, arguments: argparse.Namespace) -> float:
+def peak_above_weights(name: str, *more: str) -> float:
     """GiB that a contender adds to the loaded process, in a process of its own."""
-    words = [sys.executable, __file__, "--memory", name, *sys.argv[1:]]
+    words = [sys.executable, __file__, "--memory", name, *sys.argv[1:], *more]
     out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return float(out.split()[-1])
 
@@ -171,14 +171,14 @@ def main() -> None:
             run()
             seconds[name].append((time.perf_counter() - start) / (arguments.etas + 1))
     del runs
-    memory = {name: peak_above_weights(name, arguments) for name in seconds}
-    more = copy.copy(arguments)
-    more.etas = 4 * arguments.etas
+    memory = {name: peak_above_weights(name) for name in seconds}
+    longer = peak_above_weights("sweep", "--etas", str(4 * arguments.etas))
     figures = {
         "machine": f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}",
         "rows": arguments.rows,
         "tokens": int(batch.attention.sum()),
         "etas": arguments.etas,
+        "sweep of 4 times the etas, peak GiB": longer,
         "contenders": {},
     }
     print(f"{'contender':16} {'s / eta':>8} {'over sweep, median (min-max)':>30} {'GiB':>6}")
@@ -193,6 +193,7 @@ def main() -> None:
         }
         spread = f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         print(f"{name:16} {statistics.median(times):8.2f} {spread:>30} {memory[name]:6.2f}")
+    print(f"{'sweep, 4 x etas':16} {'':>8} {'':>30} {longer:6.2f}")
     if arguments.out:
         arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
 
