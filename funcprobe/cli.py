@@ -15,6 +15,8 @@ from .records import read_batch, read_sampling
 
 BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
 
+_SMALL = 10_000_000  # parameters: below, a second thread costs more than it gives
+
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
 
@@ -170,6 +172,8 @@ def _probe(arguments: ProbeArguments) -> None:
         optimizer=arguments.optimizer,
         lr=arguments.lr,
     )
+    if sum(t.numel() for t in (checkpoint.base | checkpoint.params).values()) < _SMALL:
+        torch.set_num_threads(1)
     sampling = read_sampling(evaluation)
     if sampling is not None:
         checkpoint = replace(checkpoint, sampling=sampling)

@@ -6,6 +6,8 @@ import torch
 import funcprobe as fp
 from funcprobe.cli import bundled
 
+torch.set_num_threads(1)  # at these sizes a second thread costs ten times what it gives
+
 
 @pytest.fixture(scope="session")
 def checkpoint():

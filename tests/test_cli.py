@@ -1,6 +1,7 @@
 """The command line as a subprocess: what it writes, and one clear line on bad input."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 

@@ -29,7 +29,8 @@ def printed(notebook) -> str:
     )
 
 
-def test_quickstart():
+def test_quickstart(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     said, says = run("quickstart.ipynb")
     assert says.strip().endswith("True")
     # Sampled and float32 figures may differ in rounding on another machine; these may not.

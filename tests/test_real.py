@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,17 @@ import torch
 import funcprobe as fp
 
 pytestmark = pytest.mark.real
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    """The tiny models' tests run on one thread; this one is worth all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2"
 
 
