@@ -167,7 +167,7 @@ def test_minus_infinity_and_masks():
 
     def score(p, _):
         z = p["x"].masked_fill(torch.tensor([False, True, False]), -torch.inf)
-        return torch.stack(logp_and_entropy(z, torch.tensor([2])))
+        return torch.stack(logp_and_entropy(z.split(2, -1), torch.tensor([2])))
 
     _, out = increment(score, {"x": logits}, {"x": d})(None)
     _, slope = torch.func.jvp(lambda z: score({"x": z}, None), (logits,), (d,))

@@ -7,6 +7,7 @@ import torch
 from transformers.generation.logits_process import TopPLogitsWarper
 
 import funcprobe as fp
+import funcprobe.language.score as score_module
 from funcprobe.language.batch import lengths, targets, trim
 from funcprobe.language.score import logp_and_entropy, nucleus
 
@@ -103,19 +104,42 @@ def test_large_logits_do_not_cancel():
     z = torch.arange(-12, 12).reshape(3, 8) / 8  # exact in float32, offset or not
     target = torch.tensor([0, 3, 7])
     for ours, far in zip(
-        logp_and_entropy(z, target), logp_and_entropy(z + 2.0**19, target), strict=True
+        logp_and_entropy([z], target), logp_and_entropy([z + 2.0**19], target), strict=True
     ):
         assert torch.equal(ours, far)
-    _, entropy = logp_and_entropy(torch.tensor([1e4, 0.0]), torch.tensor(0))
+    _, entropy = logp_and_entropy([torch.tensor([1e4, 0.0])], torch.tensor(0))
     assert entropy == 0.0
-    _, entropy = logp_and_entropy(torch.tensor([0.0, -20.0]).double(), torch.tensor(0))
+    _, entropy = logp_and_entropy([torch.tensor([0.0, -20.0]).double()], torch.tensor(0))
     p = torch.tensor(-20.0).double().exp()
     exact = (20 * p + (1 + p) * torch.log1p(p)) / (1 + p)
     torch.testing.assert_close(entropy, exact, rtol=0, atol=1e-16)
 
 
+@pytest.mark.parametrize("width", [1, 3, 5, 8])
+def test_slices_of_the_vocabulary_give_what_all_of_it_gives(width):
+    generator = torch.Generator().manual_seed(0)
+    logits = 30 * torch.randn(6, 8, generator=generator).double()
+    logits[1, :4] = -torch.inf  # slices of nothing but impossible tokens
+    logits[2, 4:] = -torch.inf
+    target = torch.tensor([0, 7, 3, 2, 5, 4])
+    ours = logp_and_entropy(logits.split(width, -1), target)
+    p = logits.softmax(-1)
+    want = logits.log_softmax(-1).gather(-1, target[:, None])[:, 0], torch.special.entr(p).sum(-1)
+    for x, y in zip(ours, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+def test_a_large_vocabulary_is_read_in_slices(monkeypatch):
+    case, batch = cases.case("llama", torch.float64), cases.batch()
+    want = fp.scorer(case.model, case.base)(case.params, batch)
+    monkeypatch.setattr(score_module, "_WIDTH", 7)
+    for x, y in zip(fp.scorer(case.model, case.base)(case.params, batch), want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", [3, 8])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
-def test_impossible_tokens_are_finite_in_value_tangent_and_gradient(temperature):
+def test_impossible_tokens_are_finite_in_value_tangent_and_gradient(temperature, width):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 8, generator=generator).double()
     out = torch.rand(5, 8, generator=generator) < 0.4
@@ -124,7 +148,8 @@ def test_impossible_tokens_are_finite_in_value_tangent_and_gradient(temperature)
     dz = torch.randn(5, 8, generator=generator).double()
 
     def fn(z):
-        return logp_and_entropy(z.masked_fill(out, -torch.inf) / temperature, target)
+        masked = z.masked_fill(out, -torch.inf) / temperature
+        return logp_and_entropy(masked.split(width, -1), target)
 
     value, tangent = torch.func.jvp(fn, (logits,), (dz,))
     grad = torch.func.grad(lambda z: sum(x.sum() for x in fn(z)))(logits)
@@ -144,13 +169,13 @@ def test_impossible_tokens_are_finite_in_value_tangent_and_gradient(temperature)
 
 def test_an_impossible_target_scores_minus_infinity_and_is_named():
     z = torch.tensor([[0.0, -torch.inf]])
-    logp, entropy = logp_and_entropy(z, torch.tensor([1]))
+    logp, entropy = logp_and_entropy([z], torch.tensor([1]))
     assert logp.item() == -torch.inf and entropy.item() == 0.0
 
 
 def test_all_of_a_very_large_vocabulary_counts():
     z = torch.zeros(3, 150_000, dtype=torch.float64)
-    logp, entropy = logp_and_entropy(z, torch.tensor([0, 5, 149_999]))
+    logp, entropy = logp_and_entropy([z], torch.tensor([0, 5, 149_999]))
     expected = torch.full((3,), 150_000.0, dtype=torch.float64).log()
     torch.testing.assert_close(-logp, expected, **EXACT)
     torch.testing.assert_close(entropy, expected, **EXACT)

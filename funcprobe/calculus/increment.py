@@ -340,6 +340,13 @@ def _amax(op, a, dim=(), keepdim=False):
     return largest, change
 
 
+def _maximum(op, a, b):
+    x, y = _value(a), _value(b)
+    value = torch.maximum(x, y)
+    da, db = (t.d if isinstance(t, Increment) else torch.zeros_like(value) for t in (a, b))
+    return value, torch.where(x + da >= y + db, da + (x - value), db + (y - value))
+
+
 def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
@@ -496,6 +503,7 @@ def _table() -> dict[Callable, Callable]:
     give(_masked_fill, "masked_fill")
     give(_clamp, "clamp", "clip")
     give(_amax, "amax")
+    give(_maximum, "maximum")
     give(_softmax, "softmax")
     give(_log_softmax, "log_softmax")
     give(_logsumexp, "logsumexp")

@@ -1,6 +1,7 @@
 """A function along ``params + eta * v``: vmap over stacked deltas, the base beside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -9,11 +10,10 @@ from torch import Tensor
 from .curve import EVALUATED, interpolate
 from .increment import increment
 from .precision import exact
-from .rows import default_rows
+from .rows import default_rows, keep_pages
 from .taylor import taylor
 from .tree import (
     Params,
-    add_scaled,
     blocks,
     check_direction,
     check_nan,
@@ -80,15 +80,15 @@ def changes(
         raise ValueError("changes: one or more deltas were expected, there are none.")
     expanded = {name: p.expand(k, *p.shape) for name, p in params.items()}
     check_direction("changes", deltas, expanded)
+
+    def filled(start: int, before: int, lanes: int) -> Params:
+        return {
+            name: _fill(d[start : start + lanes - before].to(params[name]), before, lanes)
+            for name, d in deltas.items()
+        }
+
     options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
-    return _changes(
-        fn,
-        params,
-        lambda some: {n: d[some].to(params[n]) for n, d in deltas.items()},
-        k,
-        batch,
-        options,
-    )[:2]
+    return _changes(fn, params, filled, k, batch, options)[:2]
 
 
 def sweep(
@@ -123,51 +123,71 @@ def sweep(
         ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output, a
             curve that "auto" cannot interpolate to `tol`.
     """
-    check_direction("sweep", v, params)
-    etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
-    if len(etas) == 0 or not etas.isfinite().all():
-        raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
-
-    options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
-
-    def along(points: Tensor):
-        def deltas(some: slice) -> Params:
-            return {
-                name: (points[some].to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name])
-                for name, d in v.items()
-            }
-
-        return _changes(fn, params, deltas, len(points), batch, options)
-
-    if nodes is None:
-        base, changed, fallbacks = along(etas)
-        source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
-        return Sweep(etas, base, changed, torch.zeros_like(etas), source, fallbacks)
-    if nodes != "auto" and not (isinstance(nodes, int) and nodes >= 3):
-        raise ValueError(f"sweep: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
-    runs = []
-
-    def at(points: Tensor):
-        runs.append(along(points))
-        return runs[-1][1]
-
-    base, slope = taylor(fn, params, v, batch, rows=rows)
-    degree = None if nodes == "auto" else nodes
-    changed, bound, source = interpolate(at, slope, etas, degree, tol)
-    fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
-    return Sweep(etas, runs[0][0] if runs else base, changed, bound, source, fallbacks)
+    options = {"change": change, "nodes": nodes, "tol": tol, "rules": rules}
+    return next(sweep_blocks(fn, params, v, etas, [batch], **options, rows=rows, lanes=lanes))
 
 
 def sweep_blocks(
-    fn: Callable, params: Params, v: Params, etas, parts: Iterable, **same
+    fn: Callable,
+    params: Params,
+    v: Params,
+    etas: Sequence[float] | Tensor,
+    parts: Iterable,
+    *,
+    change: str = "direct",
+    nodes: int | str | None = None,
+    tol: float = 1e-6,
+    rules: dict | None = None,
+    rows: int | None = None,
+    lanes: int | None = None,
 ) -> Iterator[Sweep]:
     """One `Sweep` per block of rows, as it is ready: for ragged batches, progress bars, resuming.
+
+    Takes what `sweep` takes, with blocks of rows for its batch.
 
     >>> blocks, order = by_length(batch, tokens=4096)                        # doctest: +SKIP
     >>> result = join(sweep_blocks(fn, params, v, etas, blocks), order)      # doctest: +SKIP
     """
+    check_direction("sweep", v, params)
+    etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
+    if len(etas) == 0 or not etas.isfinite().all():
+        raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
+    if nodes not in (None, "auto") and not (isinstance(nodes, int) and nodes >= 3):
+        raise ValueError(f"sweep: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
+    options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
+    every = _along(v, params, etas)
     for part in parts:
-        yield sweep(fn, params, v, etas, part, **same)
+        if nodes is None:
+            base, changed, fallbacks = _changes(fn, params, every, len(etas), part, options)
+            source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
+            yield Sweep(etas, base, changed, torch.zeros_like(etas), source, fallbacks)
+            continue
+        runs = []
+
+        def at(points: Tensor, part=part, runs=runs):
+            some = _along(v, params, points)
+            runs.append(_changes(fn, params, some, len(points), part, options))
+            return runs[-1][1]
+
+        base, slope = taylor(fn, params, v, part, rows=rows)
+        degree = None if nodes == "auto" else nodes
+        changed, bound, source = interpolate(at, slope, etas, degree, tol)
+        fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
+        yield Sweep(etas, runs[0][0] if runs else base, changed, bound, source, fallbacks)
+
+
+def _along(v: Params, params: Params, etas: Tensor) -> Callable[[int, int, int], Params]:
+    """``eta * v`` for a block of lanes, from `start` on, with zeros before and after."""
+
+    @lru_cache(maxsize=1)  # blocks of rows share it where all etas fit the lanes
+    def deltas(start: int, before: int, lanes: int) -> Params:
+        points = _fill(etas[start : start + lanes - before], before, lanes)
+        return {
+            name: (points.to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name])
+            for name, d in v.items()
+        }
+
+    return deltas
 
 
 def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
@@ -194,7 +214,7 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
 
 
 @torch.no_grad()
-def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, options: dict):
+def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batch, options: dict):
     kind, lanes, rows = options["change"], options["lanes"], options["rows"]
     if kind not in ("direct", "increment"):
         raise ValueError(f"change must be 'direct' or 'increment', not {kind!r}.")
@@ -203,6 +223,7 @@ def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, optio
     float64 = any(p.dtype == torch.float64 for p in params.values())
     fallbacks: set[str] = set()
     parts = []
+    keep_pages()
     with exact():
         for part in blocks(batch, rows or default_rows(batch, lanes)):
             if kind == "direct":
@@ -222,18 +243,20 @@ def _changes(fn, params, deltas: Callable[[slice], Params], k: int, batch, optio
 def _direct(fn, params, deltas, k: int, part, lanes: int):
     """Differences of values on one block of rows, `lanes` points at a time, the base among them."""
 
-    def at(delta):
-        return fn(add_scaled(params, delta), part)
+    def at(moved):
+        return fn(moved, part)
+
+    def moved(start: int, before: int, lanes: int) -> Params:
+        return {name: params[name] + d for name, d in deltas(start, before, lanes).items()}
 
     if lanes == 1:
-        base = at({name: torch.zeros_like(p) for name, p in params.items()})
-        values = [at({n: d[0] for n, d in deltas(slice(i, i + 1)).items()}) for i in range(k)]
+        base = at(dict(params))
+        values = [at({name: p[0] for name, p in moved(i, 0, 1).items()}) for i in range(k)]
         return base, tree_map(lambda b, *xs: torch.stack([x - b for x in xs]), base, *values)
     base, parts = None, []
     for start in range(0, k, lanes - 1):
-        some = deltas(slice(start, start + lanes - 1))
         count = min(lanes - 1, k - start)
-        out = torch.func.vmap(at)({n: _fill(d, 1, lanes) for n, d in some.items()})
+        out = torch.func.vmap(at)(moved(start, 1, lanes))
         base = tree_map(lambda x: x[0].clone(), out) if base is None else base
         parts.append(tree_map(lambda x, count=count: x[1 : count + 1] - x[:1], out))
     return base, concatenate(parts)
@@ -261,20 +284,18 @@ def _increments(fn, params, deltas, k: int, part, lanes: int, rules, fallbacks: 
 
     base, parts = None, []
     for start in range(0, k, lanes):
-        some = deltas(slice(start, start + lanes))
-        count = min(lanes, k - start)
+        some, count = deltas(start, 0, lanes), min(lanes, k - start)
         if lanes == 1:
-            base, change = at({n: d[0] for n, d in some.items()})
+            base, change = at({name: d[0] for name, d in some.items()})
             parts.append(tree_map(lambda x: x.unsqueeze(0), change))
         else:
-            filled = {n: _fill(d, 0, lanes) for n, d in some.items()}
-            base, change = torch.func.vmap(at, out_dims=(None, 0))(filled)
+            base, change = torch.func.vmap(at, out_dims=(None, 0))(some)
             parts.append(tree_map(lambda x, count=count: x[:count], change))
     return base, concatenate(parts)
 
 
-def _fill(deltas: Tensor, before: int, lanes: int) -> Tensor:
-    """Zero deltas around these up to `lanes`, so that every block has the same shapes."""
-    after = lanes - before - len(deltas)
-    zeros = [deltas.new_zeros(n, *deltas.shape[1:]) for n in (before, after)]
-    return torch.cat([zeros[0], deltas, zeros[1]])
+def _fill(leaf: Tensor, before: int, lanes: int) -> Tensor:
+    """Zeros around the leading axis up to `lanes`, so that every block has the same shapes."""
+    after = lanes - before - len(leaf)
+    zeros = [leaf.new_zeros(n, *leaf.shape[1:]) for n in (before, after)]
+    return torch.cat([zeros[0], leaf, zeros[1]])

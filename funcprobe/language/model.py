@@ -1,7 +1,6 @@
 """A PEFT model split once into pure functions and two dicts: frozen `base`, trainable `params`."""
 
 import copy
-from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,20 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .batch import Batch, collate
 from .float64 import Float64, rotary_frequencies
+from .skeleton import make_skeleton, refuse, restore_forward, set_attention, unwrap
 
 Params = dict[str, Tensor]
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +30,8 @@ class Model:
     vocabulary: int  # V
     _body: nn.Module
     _head: nn.Module
+    _names: frozenset[str]  # of params and base together
+    _aliases: dict[str, str]  # a tied tensor's other name in the body -> its name
     _head_names: dict[str, str]  # the head's own name of a tensor -> its name in params or base
 
     def hidden(self, params: Params, base: Params, batch: Batch) -> Tensor:
@@ -49,27 +39,46 @@ class Model:
 
         Right padding lies in every token's future, so the causal mask alone is exact.
         """
-        tensors = {f"whole.{name}": tensor for name, tensor in (base | params).items()}
+        tensors = base | params
+        self._check(tensors)
+        whole = {f"whole.{name}": tensor for name, tensor in tensors.items()}
+        whole |= {f"whole.{other}": tensors[name] for other, name in self._aliases.items()}
+        inputs = {"input_ids": batch.tokens, "use_cache": False}
         with self.precision():
-            states = functional_call(
-                self._body,
-                tensors,
-                (),
-                {"input_ids": batch.tokens, "use_cache": False},
-                strict=True,
-            ).last_hidden_state
+            states = _call(self._body, whole, inputs).last_hidden_state
             return torch.take_along_dim(states, batch.position.unsqueeze(-1), dim=1)
 
-    def head(self, params: Params, base: Params, hidden: Tensor) -> Tensor:
-        """Logits [..., T, V] of hidden states [..., T, D]: the module's own head and scalings."""
+    def head(
+        self, params: Params, base: Params, hidden: Tensor, tokens: slice = slice(None)
+    ) -> Tensor:
+        """Logits [..., T, V] of hidden states [..., T, D]: the module's own head and scalings.
+
+        `tokens` gives those of a slice of the vocabulary only.
+        """
         tensors = {
             own: params[name] if name in params else base[name]
             for own, name in self._head_names.items()
         }
+        if tokens != slice(None):
+            # Whatever leads with V is by token: the weight, its bias, an adapter's B.
+            tensors = {
+                own: t[tokens] if t.shape[:1] == (self.vocabulary,) else t
+                for own, t in tensors.items()
+            }
         with self.precision():
-            return functional_call(
-                self._head, tensors, (), {"inputs_embeds": hidden, "use_cache": False}, strict=True
-            ).logits
+            return _call(self._head, tensors, {"inputs_embeds": hidden, "use_cache": False}).logits
+
+    def _check(self, tensors: Params) -> None:
+        if tensors.keys() != self._names:
+            unknown, missing = (
+                sorted(tensors.keys() - self._names),
+                sorted(self._names - tensors.keys()),
+            )
+            raise ValueError(
+                f"model: exactly the {len(self._names)} names of params and base were expected; "
+                f"{len(missing)} are missing {missing[:5]}, {len(unknown)} are unknown "
+                f"{unknown[:5]}. Pass the params and base that split() gave with this model."
+            )
 
     def precision(self):
         """The scope its functions compute in: float64 throughout, or nothing."""
@@ -95,10 +104,10 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
         ValueError: nothing is trainable, an adapter is merged, a layer is sharded, quantised or
             patched, or the module's derivative is not the derivative of its values (DoRA).
     """
-    module = _unwrap(module)
-    _refuse(module)
+    module = unwrap(module)
+    refuse(module)
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
-    skeleton, twins = _skeleton(module)
+    skeleton, twins = make_skeleton(module)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     tensors = {
         name: _cast(tensor.detach(), dtype, name in trainable) for name, tensor in own.items()
@@ -125,7 +134,8 @@ def assemble(model: Model, params: Params, base: Params) -> nn.Module:
     for name, twin in model.skeleton.named_buffers():
         memo[id(twin)] = tensors[name].detach()
     module = copy.deepcopy(model.skeleton, memo)
-    _set_attention(module, model.attention)
+    restore_forward(module)
+    set_attention(module, model.attention)
     return module
 
 
@@ -153,108 +163,6 @@ class _Passed(nn.Module):
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
-def _unwrap(module: nn.Module) -> nn.Module:
-    while True:
-        if hasattr(module, "_orig_mod"):
-            module = module._orig_mod
-        elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
-        else:
-            return module
-
-
-def _refuse(module: nn.Module) -> None:
-    """Raises ValueError for what cannot be split, saying what to do."""
-    for name, part in module.named_modules():
-        kind = type(part).__name__
-        if kind.startswith("FSDP") or kind == "FullyShardedDataParallel":
-            raise ValueError(
-                f"split: whole tensors were expected, {name!r} is sharded ({kind}). "
-                "Gather the full state into an unwrapped model and split that."
-            )
-        if getattr(part, "merged", False) is True:
-            raise ValueError(
-                f"split: the adapter must be separate, {name!r} has it merged into the base. "
-                "Call unmerge_adapter() first."
-            )
-        forward = part.__dict__.get("forward")
-        if forward is not None and not hasattr(part, "_original_forward"):
-            raise ValueError(
-                f"split: {name or 'the module'!r} has its forward replaced on the instance, which "
-                "may hold the live weights. Remove the patch (accelerate: remove_hook_from_module)."
-            )
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if type(tensor).__name__ == "DTensor":
-            raise ValueError(
-                f"split: whole tensors were expected, {name!r} is a DTensor shard. "
-                "Gather the full state into an unwrapped model and split that."
-            )
-        if tensor.is_meta:
-            raise ValueError(f"split: {name!r} has no data (meta). Load the weights first.")
-    quantised = [
-        name
-        for name, p in module.named_parameters()
-        if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    ]
-    if quantised:
-        raise ValueError(
-            f"split: a floating-point base was expected, {len(quantised)} weights are quantised "
-            f"({quantised[0]!r} is {module.get_parameter(quantised[0]).dtype}), which is not "
-            "supported. Load the base model without quantization_config."
-        )
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(
-            "split: no parameter is trainable, so there is nothing to move. Load the adapter with "
-            "PeftModel.from_pretrained(..., is_trainable=True), or set requires_grad."
-        )
-    if isinstance(module, PeftModel) and any(
-        c.is_prompt_learning for c in module.peft_config.values()
-    ):
-        raise ValueError(
-            "split: prompt-learning adapters change the tokens, not the weights, and are not "
-            "supported. Use a weight adapter such as LoRA."
-        )
-
-
-def _skeleton(module: nn.Module) -> tuple[nn.Module, dict[int, str]]:
-    """A copy on meta without hooks, and the name behind each of its tensors' ids."""
-    memo, twins = {}, {}
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        twin = torch.empty_like(tensor, device="meta", requires_grad=False)
-        if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(twin, requires_grad=False)
-        memo[id(tensor)] = twin
-        twins[id(twin)] = name
-    for part in module.modules():
-        for name in _HOOKS:
-            memo[id(getattr(part, name))] = OrderedDict()
-        for name in ("forward", "_original_forward"):
-            if name in part.__dict__:
-                memo[id(part.__dict__[name])] = None
-    skeleton = copy.deepcopy(module, memo)
-    for part in skeleton.modules():
-        for name in ("forward", "_original_forward", "_gradient_checkpointing_func"):
-            part.__dict__.pop(name, None)
-        if getattr(part, "gradient_checkpointing", False):
-            part.gradient_checkpointing = False
-        if hasattr(part, "warn_if_padding_and_no_attention_mask"):
-            # It branches on the tokens, which vmap over rows cannot; right padding needs no mask.
-            part.warn_if_padding_and_no_attention_mask = _say_nothing
-    _set_attention(skeleton, "eager")
-    return skeleton.eval(), twins
-
-
-def _say_nothing(*_) -> None:
-    pass
-
-
-def _set_attention(module: nn.Module, implementation: str | None) -> None:
-    for part in module.modules():
-        config = getattr(part, "config", None)
-        if implementation is not None and hasattr(config, "_attn_implementation"):
-            config._attn_implementation = implementation
-
-
 def _model(
     skeleton: nn.Module, twins: dict[int, str], attention: str | None, float64: bool
 ) -> Model:
@@ -268,9 +176,31 @@ def _model(
         )
     head = copy.copy(causal)
     head._modules = dict(causal._modules) | {prefix: _Passed()}
-    names = {own: twins[id(t)] for own, t in [*head.named_parameters(), *head.named_buffers()]}
     vocabulary = causal.get_output_embeddings().weight.shape[0]
-    return Model(skeleton, attention, float64, vocabulary, _Body(skeleton, decoder), head, names)
+    names = _tensor_names(skeleton, twins)
+    return Model(
+        skeleton,
+        attention,
+        float64,
+        vocabulary,
+        _Body(skeleton, decoder),
+        head,
+        frozenset(names.values()),
+        {own: name for own, name in names.items() if own != name},
+        _tensor_names(head, twins),
+    )
+
+
+def _tensor_names(module: nn.Module, twins: dict[int, str]) -> dict[str, str]:
+    """The name in params or base behind each of a module's own names, tied ones included."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
+    return {own: twins[id(t)] for own, t in [*parameters, *buffers]}
+
+
+def _call(module: nn.Module, tensors: dict[str, Tensor], inputs: dict):
+    """`functional_call` with every name given, ties too: strict, without a walk for each call."""
+    return functional_call(module, tensors, (), inputs, tie_weights=False)
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype | None, trainable: bool) -> Tensor:

@@ -1,6 +1,6 @@
 """Log-probability and entropy of every response token, the head streamed in chunks of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from .batch import Batch, targets
 from .model import Model, Params
 
 _CHUNK_BYTES = 2**24  # of logits at a time, per lane
+_WIDTH = 4096  # tokens of the vocabulary at a time: their logits stay in a CPU's cache
 
 
 class Scores(NamedTuple):
@@ -69,9 +70,10 @@ def scorer(
             "held fixed (those that sampled the responses)."
         )
 
-    def read(params: Params, hidden: Tensor) -> Tensor:
-        out = model.head(params, base, hidden.unsqueeze(0)).squeeze(0)
-        return out.to(torch.promote_types(out.dtype, torch.float32)) / sampling.temperature
+    def read(params: Params, hidden: Tensor, tokens: slice = slice(None)) -> Tensor:
+        out = model.head(params, base, hidden.unsqueeze(0), tokens).squeeze(0)
+        out = out.to(torch.promote_types(out.dtype, torch.float32))
+        return out if sampling.temperature == 1 else out / sampling.temperature
 
     def score(params: Params, batch: Batch) -> Scores:
         hidden = model.hidden(params, base, batch).flatten(0, 1)
@@ -79,14 +81,19 @@ def scorer(
         fixed = None
         if sampling.top_p < 1:
             fixed = model.hidden(support, base, batch).flatten(0, 1)
-        rows = chunk or max(_CHUNK_BYTES // (4 * model.vocabulary), 1)
+        width = model.vocabulary if fixed is not None else _WIDTH
+        rows = chunk or max(_CHUNK_BYTES // (4 * min(width, model.vocabulary)), 1)
         parts = []
         for start in range(0, len(target), rows):
             some = slice(start, start + rows)
-            z = read(params, hidden[some])
+            h, y = hidden[some], target[some]
             if fixed is not None:
-                z = z.masked_fill(~nucleus(read(support, fixed[some]), sampling.top_p), -torch.inf)
-            parts.append(logp_and_entropy(z, target[some]))
+                keep = nucleus(read(support, fixed[some]), sampling.top_p)
+                slices = [read(params, h).masked_fill(~keep, -torch.inf)]
+            else:
+                edges = range(0, model.vocabulary, width)
+                slices = (read(params, h, slice(v, v + width)) for v in edges)
+            parts.append(logp_and_entropy(slices, y))
         flat = (torch.cat(part) for part in zip(*parts, strict=True))
         zero = hidden.new_zeros(())
         return Scores(
@@ -96,25 +103,43 @@ def scorer(
     return score
 
 
-def logp_and_entropy(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of `target` and entropy of softmax(`logits`), both [...] nats.
+def logp_and_entropy(slices: Iterable[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of `target` and entropy of a softmax whose logits arrive in slices.
 
-    With ``z = logits - max``, ``s = sum e^z`` and ``t = sum z e^z``: ``logp = z_y - log s`` and
-    ``H = log s - t / s``, which does not cancel. A logit of -inf has probability 0 and adds
-    nothing to H, in value and in every derivative.
+    With m the largest logit, ``z = logits - m``, ``s = sum e^z`` and ``t = sum z e^z``:
+    ``logp = z_y - log s`` and ``H = log s - t / s``, which does not cancel. The sums are rescaled
+    as m grows, so no more than a slice is held. A logit of -inf has probability 0 and adds nothing
+    to H, in value and in every derivative.
 
-    >>> logp, entropy = logp_and_entropy(torch.tensor([0.0, 0.0, -torch.inf]), torch.tensor(1))
+    Args:
+        slices: the logits [..., V] in consecutive slices of the last axis.
+        target: [...] int64, the token whose log-probability is wanted.
+
+    >>> logits = torch.tensor([0.0, 0.0, -torch.inf])
+    >>> logp, entropy = logp_and_entropy(logits.split(2), torch.tensor(1))
     >>> round(float(logp.exp()), 6), round(float(entropy.exp()), 6)
     (0.5, 2.0)
     """
-    z = logits - logits.amax(-1, keepdim=True).detach()
-    # e^z is exactly 0 there in float64 already, and the clamp stops the tangent of an infinity.
-    finite = z.clamp(min=-1e4)
-    e = finite.exp()
-    s = e.sum(-1)
+    start, m = 0, None
+    for logits in slices:
+        largest = logits.amax(-1).detach().clamp(min=torch.finfo(logits.dtype).min)
+        before, m = m, largest if m is None else torch.maximum(m, largest)
+        # e^z is exactly 0 there in float64 already, and the clamp stops the tangent of an infinity.
+        z = (logits - m.unsqueeze(-1)).clamp(min=-1e4)
+        e = z.exp()
+        s_here, t_here = e.sum(-1), (z * e).sum(-1)
+        y_here = logits.gather(-1, (target - start).clamp(0, logits.shape[-1] - 1).unsqueeze(-1))
+        y_here = y_here.squeeze(-1)
+        if before is None:
+            s, t, y = s_here, t_here, y_here
+        else:
+            lower = before - m
+            scale = lower.exp()
+            s, t = s * scale + s_here, (t + lower * s) * scale + t_here
+            y = torch.where(target >= start, y_here, y)
+        start += logits.shape[-1]
     log_s = s.log()
-    logp = z.gather(-1, target.unsqueeze(-1)).squeeze(-1) - log_s
-    return logp, log_s - (finite * e).sum(-1) / s
+    return y - m - log_s, log_s - t / s
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
