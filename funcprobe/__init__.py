@@ -21,10 +21,11 @@ from .calculus.step import (
 from .calculus.taylor import taylor
 from .calculus.tree import add_scaled, dot, merge, norm, shift, stack
 from .checkpoint import Checkpoint, load_checkpoint
+from .language import readouts
 from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
 from .language.objectives import RECIPES, Recipe, objective, prepare
-from .language.score import Sampling, Scores, scorer
+from .language.score import Readings, Sampling, Scores, scorer, with_value
 from .probe import probe
 from .records import read_batch, write_batch
 from .report import Report, plot, plot_ratio

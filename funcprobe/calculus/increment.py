@@ -340,6 +340,15 @@ def _amax(op, a, dim=(), keepdim=False):
     return largest, change
 
 
+def _topk(op, a, k, dim=-1, largest=True, sorted=True):
+    """Order statistics move with the elements that come to take their places."""
+    value, index = op(a.x, k, dim, largest, True)
+    there = op(a.moved, k, dim, largest, True).indices
+    change = a.d.gather(dim, there) + (a.x.gather(dim, there) - value)
+    out = torch.return_types.topk
+    return out((value, index)), out((change, there - index))
+
+
 def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
@@ -496,6 +505,7 @@ def _table() -> dict[Callable, Callable]:
     give(_masked_fill, "masked_fill")
     give(_clamp, "clamp", "clip")
     give(_amax, "amax")
+    give(_topk, "topk")
     give(_softmax, "softmax")
     give(_log_softmax, "log_softmax")
     give(_logsumexp, "logsumexp")
