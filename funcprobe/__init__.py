@@ -21,6 +21,7 @@ from .calculus.step import (
 from .calculus.taylor import taylor
 from .calculus.tree import add_scaled, dot, merge, norm, shift, stack
 from .checkpoint import Checkpoint, load_checkpoint
+from .ground_truth import GroundTruth, ground_truth
 from .language import readouts
 from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
