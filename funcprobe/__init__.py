@@ -5,6 +5,7 @@ gradient; everything measurable a function of ``params + eta * v``. Importing th
 no global state.
 """
 
+from .calculus.curve import EVALUATED, INTERPOLATED, LAW
 from .calculus.increment import RULES, Increment, increment
 from .calculus.line import Sweep, changes, join, sweep, sweep_blocks
 from .calculus.rows import evaluate
@@ -19,7 +20,7 @@ from .calculus.step import (
     sgd,
 )
 from .calculus.taylor import taylor
-from .calculus.tree import add_scaled, dot, merge, norm, shift, stack
+from .calculus.tree import add_scaled, dot, norm, shift, stack
 from .checkpoint import Checkpoint, load_checkpoint
 from .ground_truth import GroundTruth, ground_truth
 from .language import readouts
