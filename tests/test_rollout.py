@@ -1,9 +1,13 @@
 """Responses come from exactly the scored policy, and nothing else moves."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import funcprobe as fp
+from funcprobe.language.batch import targets
 from funcprobe.probe import checksum
 
 PROMPTS = ["3+4+5=", "9+9+9+1=", "2+2+2="]
@@ -76,17 +80,65 @@ def test_resampling_gives_every_prompt_mixed_rewards(checkpoint):
         draw(checkpoint, resample=1)
 
 
-def test_the_model_own_generation_settings_do_not_leak(checkpoint):
+def test_a_further_try_draws_other_responses(checkpoint):
+    seen = []
+
+    def reward(_, text):
+        seen.append(text)
+        return float(len(seen) % 2) if len(seen) > 12 else 0.0  # the first try fails as a whole
+
+    batch = draw(checkpoint, reward=reward, resample=1)
+    assert len(seen) == 24 and seen[:12] != seen[12:]
+    first = draw(checkpoint)
+    assert first.tokens.shape != batch.tokens.shape or not torch.equal(first.tokens, batch.tokens)
+
+
+@contextmanager
+def generation(checkpoint, **settings):
+    """The model's own generation settings, changed for a while."""
     skeleton = checkpoint.model.skeleton.get_base_model()
     saved = skeleton.generation_config
     try:
-        skeleton.generation_config = type(saved)(
-            **(saved.to_dict() | {"do_sample": True, "top_k": 2, "temperature": 0.3})
-        )
-        batch = draw(checkpoint, tolerance=1e-6)
+        skeleton.generation_config = type(saved)(**(saved.to_dict() | settings))
+        yield
     finally:
         skeleton.generation_config = saved
+
+
+def test_the_model_own_generation_settings_do_not_leak(checkpoint):
+    with generation(checkpoint, do_sample=True, top_k=2, temperature=0.3):
+        batch = draw(checkpoint, tolerance=1e-6)
     assert torch.equal(batch.tokens, draw(checkpoint).tokens)
+
+
+def test_any_of_several_eos_ids_ends_a_response(checkpoint):
+    ids = checkpoint.tokenizer.convert_tokens_to_ids(["<eos>", ",", ";"])
+    with generation(checkpoint, eos_token_id=ids):
+        batch = draw(checkpoint)
+    ends = set()
+    for row, kept in zip(targets(batch), batch.response, strict=True):
+        *before, last = row[kept].tolist()
+        assert not set(before) & set(ids) and last in ids
+        ends.add(last)
+    assert len(ends) > 1
+
+
+def test_without_an_eos_of_its_own_the_tokenizers_ends_a_response(checkpoint):
+    with generation(checkpoint, eos_token_id=None):
+        batch = draw(checkpoint)
+    assert torch.equal(batch.tokens, draw(checkpoint).tokens)
+
+
+def test_rows_at_once_bound_what_is_generated_together(checkpoint, monkeypatch):
+    widths, generate = [], LlamaForCausalLM.generate
+
+    def noted(self, tokens, **options):
+        widths.append(len(tokens))
+        return generate(self, tokens, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", noted)
+    batch = draw(checkpoint, rows=5, tolerance=1e-6)
+    assert widths == [5, 5, 2] and len(batch.group) == 12
 
 
 def test_a_shifted_policy_can_be_sampled(checkpoint, update):
@@ -97,5 +149,6 @@ def test_a_shifted_policy_can_be_sampled(checkpoint, update):
     assert torch.allclose(
         fp.evaluate(score, moved, batch).logp[batch.response], batch.old_logp[batch.response]
     )
+    draw(checkpoint, params=moved, sampling=fp.Sampling(top_p=0.8), tolerance=1e-6)  # its nucleus
     here = fp.evaluate(score, checkpoint.params, batch).logp
     assert (here - batch.old_logp)[batch.response].abs().max() > 1e-3
