@@ -106,7 +106,8 @@ def generation(checkpoint, **settings):
 
 
 def test_the_model_own_generation_settings_do_not_leak(checkpoint):
-    with generation(checkpoint, do_sample=True, top_k=2, temperature=0.3):
+    own = dict(do_sample=True, top_k=2, temperature=0.3, repetition_penalty=3.0, min_new_tokens=9)
+    with generation(checkpoint, **own):
         batch = draw(checkpoint, tolerance=1e-6)
     assert torch.equal(batch.tokens, draw(checkpoint).tokens)
 
