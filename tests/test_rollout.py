@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TopPLogitsWarper
 
 import funcprobe as fp
 from funcprobe.language.batch import targets
@@ -36,6 +36,31 @@ def test_the_sampler_is_the_scored_policy(checkpoint, sampling):
     score = fp.scorer(checkpoint.model, checkpoint.base, sampling=sampling, support=support)
     logp = fp.evaluate(score, checkpoint.params, batch).logp
     assert torch.allclose(logp[batch.response], batch.old_logp[batch.response], atol=1e-12)
+
+
+@pytest.mark.parametrize("sampling", [fp.Sampling(2.0), fp.Sampling(2.0, 0.8)])
+def test_tokens_come_as_often_as_the_scored_policy_says(checkpoint, sampling):
+    """Pearson's test of first tokens: what the sampler does after its last record shows here."""
+    batch = fp.rollout(
+        checkpoint,
+        PROMPTS[:1],
+        samples=20000,
+        max_new_tokens=1,
+        seed=3,
+        sampling=sampling,
+        rows=20000,
+    )
+    z = fp.logits(checkpoint.model, checkpoint.params, checkpoint.base, batch.rows([0]))[0, 0]
+    z = z / sampling.temperature
+    if sampling.top_p < 1:
+        z = TopPLogitsWarper(sampling.top_p)(None, z.unsqueeze(0))[0]
+    p = z.softmax(-1)
+    count = targets(batch)[:, 0].bincount(minlength=len(p)).double()
+    assert (count[p == 0] == 0).all()
+    expected, possible = 20000 * p, p > 0
+    square = ((count - expected) ** 2 / expected)[possible].sum()
+    degrees = int(possible.sum()) - 1
+    assert degrees >= 3 and square < degrees + 5 * (2 * degrees) ** 0.5
 
 
 def test_a_policy_that_is_not_the_scored_one_is_refused(checkpoint):
