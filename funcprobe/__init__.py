@@ -5,6 +5,7 @@ gradient; everything measurable a function of ``params + eta * v``. Importing th
 no global state.
 """
 
+from .calculus.curve import EVALUATED, INTERPOLATED, LAW
 from .calculus.increment import RULES, Increment, increment
 from .calculus.line import Sweep, changes, join, sweep, sweep_blocks
 from .calculus.rows import evaluate
@@ -19,12 +20,14 @@ from .calculus.step import (
     sgd,
 )
 from .calculus.taylor import taylor
-from .calculus.tree import add_scaled, dot, merge, norm, shift, stack
+from .calculus.tree import add_scaled, dot, norm, shift, stack
 from .checkpoint import Checkpoint, load_checkpoint
+from .ground_truth import GroundTruth, ground_truth
+from .language import readouts
 from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
 from .language.objectives import RECIPES, Recipe, objective, prepare
-from .language.score import Sampling, Scores, scorer
+from .language.score import Readings, Sampling, Scores, scorer, with_value
 from .probe import probe
 from .records import read_batch, write_batch
 from .report import Report, plot, plot_ratio

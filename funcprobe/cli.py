@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from .checkpoint import load_checkpoint
@@ -101,7 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"unknown command {command!r}; there is 'probe'.")
         _probe(_parse(rest))
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"funcprobe: {' '.join(str(error).split())}", file=sys.stderr)
+        # A line of its own, even where a progress bar stands.
+        tqdm.write(f"funcprobe: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

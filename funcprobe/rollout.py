@@ -71,7 +71,10 @@ def rollout(
         raise ValueError("rollout: resample needs a reward; it looks for groups of mixed rewards.")
     draws: dict[int, list] = {}
     missing = list(range(len(ids)))
-    for attempt in range(resample + 1):
+    # A CPU generator sees the low 32 bits of a seed alone, and seed + 1 is another rollout's.
+    further = torch.Generator().manual_seed(seed)
+    seeds = [seed, *torch.randint(2**32, (resample,), generator=further).tolist()]
+    for own_seed in seeds:
         each = [g for g in missing for _ in range(samples)]
         sampled = _generate(
             checkpoint,
@@ -79,7 +82,7 @@ def rollout(
             [ids[g] for g in each],
             sampling,
             max_new_tokens,
-            seed + (attempt << 32),
+            own_seed,
             rows,
         )
         for g in missing:

@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+import funcprobe as fp
+from funcprobe import cli
 from funcprobe.cli import bundled, parse_etas
 
 
@@ -109,3 +112,82 @@ def test_etas_are_multiples_or_absolute():
     assert parse_etas("0.5x, 2e-6,-1x", 1e-3) == [5e-4, 2e-6, -1e-3]
     with pytest.raises(ValueError, match="found ''"):
         parse_etas("1x,,2x", 1.0)
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Runs `funcprobe probe` in this process up to the probe: (what it got, standard error)."""
+
+    def call(capsys, settings):
+        got = {}
+
+        def probe(checkpoint, update, evaluation, etas, **options):
+            got.update(options, checkpoint=checkpoint, U=update, E=evaluation, etas=etas)
+            raise RuntimeError("that is all")
+
+        monkeypatch.setattr(cli, "probe", probe)
+        assert cli.main(["probe", *flags(settings)]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "funcprobe: that is all"
+        return got
+
+    return call
+
+
+def test_every_option_arrives(inputs, called, capsys):
+    settings = inputs | {
+        "etas": "2x,3e-7",
+        "recipe": "grpo",
+        "weights": "prefix",
+        "per": "sequence",
+        "max_length": 31,
+        "dtype": "float64",
+        "change": "direct",
+        "device": "cpu",
+        "optimizer": "fresh",
+        "lr": 0.25,
+        "max_grad_norm": 0.5,
+        "tokens": 99,
+    }
+    got = called(capsys, settings)
+    options = ("recipe", "weights", "per", "max_length", "change", "tokens")
+    assert {name: got[name] for name in options} == {name: settings[name] for name in options}
+    checkpoint = got["checkpoint"]
+    assert next(iter(checkpoint.params.values())).dtype == torch.float64
+    assert checkpoint.match == "fresh optimizer"
+    assert checkpoint.adamw["lr"] == 0.25
+    assert checkpoint.adamw["max_grad_norm"] == 0.5
+    assert got["etas"](0.25) == [0.5, 3e-7]
+    assert (len(got["U"].group), len(got["E"].group)) == (32, 64)
+
+
+def test_what_is_left_out(inputs, called, capsys):
+    got = called(capsys, inputs | {"max_grad_norm": 0})
+    assert got["checkpoint"].adamw["max_grad_norm"] is None
+    assert got["checkpoint"].match != "fresh optimizer"
+    assert got["max_length"] is None and got["tokens"] is None
+    assert next(iter(got["checkpoint"].params.values())).dtype == torch.float32
+    assert called(capsys, {})["max_length"] == cli.BUNDLED_MAX_LENGTH
+
+
+def test_the_base_model_given_is_the_one_loaded(inputs, capsys):
+    assert cli.main(["probe", *flags(inputs | {"base_model": "/no/such/base"})]) == 2
+    assert "/no/such/base" in capsys.readouterr().err
+
+
+def test_the_policy_is_the_one_that_sampled_e(tmp_path, inputs, called, capsys):
+    def rewritten(source, name, sampling):
+        lines = [json.loads(line) for line in Path(source).read_text().splitlines()]
+        path = tmp_path / name
+        path.write_text("\n".join(json.dumps(line | {"sampling": sampling}) for line in lines))
+        return str(path)
+
+    own = rewritten(inputs["evaluation"], "e.jsonl", {"temperature": 0.7, "top_p": 0.9})
+    other = rewritten(inputs["update"], "u.jsonl", {"temperature": 1.5})
+    got = called(capsys, inputs | {"evaluation": own, "update": other})
+    assert got["checkpoint"].sampling == fp.Sampling(0.7, 0.9)
+
+
+def test_a_config_is_held_to_the_flags_choices(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("per: word")
+    assert cli.main(["probe", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "per must be one of ['token', 'sequence']" in capsys.readouterr().err

@@ -9,6 +9,13 @@ import funcprobe as fp
 
 TIGHT = dict(rtol=1e-11, atol=1e-12)
 K = 3
+READOUTS = (
+    fp.readouts.top_probability,
+    fp.readouts.margin,
+    fp.readouts.collision_probability,
+    fp.readouts.tail_mass(4),
+    fp.readouts.eos_probability(cases.EOS),
+)
 
 
 def functions(family):
@@ -24,6 +31,15 @@ def functions(family):
         "score": lambda p, b: tuple(score(p, b)),
         "chunked": lambda p, b: tuple(fp.scorer(case.model, case.base, chunk=5)(p, b)),
         "nucleus": lambda p, b: narrow(p, b).entropy,
+        "readouts": lambda p, b: tuple(
+            fp.scorer(case.model, case.base, readout=r)(p, b).value for r in READOUTS
+        ),
+        "kl": lambda p, b: (
+            fp.scorer(
+                case.model, case.base, readout=fp.readouts.expected_kl, reference=case.params
+            )(p, b).value
+        ),
+        "reward": lambda p, b: tuple(fp.with_value(score, lambda b: b.reward)(p, b)),
         "reinforce": fp.objective(score, "reinforce"),
         "grpo": fp.objective(score, fp.Recipe(scale="group", beta=0.1, aggregate="sequence_mean")),
         "rloo": fp.objective(score, "rloo"),
@@ -40,7 +56,10 @@ def prepared(family, name):
     return fp.prepare(batch, recipe, old_logp=old, ref_logp=old - 0.1)
 
 
-NAMES = ["logits", "score", "chunked", "nucleus", "reinforce", "grpo", "rloo"]
+NAMES = [
+    "logits", "score", "chunked", "nucleus", "readouts", "kl", "reward",
+    "reinforce", "grpo", "rloo",
+]  # fmt: skip
 TABLE = pytest.mark.parametrize(
     ("family", "name"), [(family, name) for family in cases.SOME for name in NAMES]
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.calculus.curve import EVALUATED, INTERPOLATED, LAW
+from funcprobe import EVALUATED, INTERPOLATED, LAW
 
 
 def counted(fn):

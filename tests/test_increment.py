@@ -121,6 +121,8 @@ ROWS = {
     ),
     "layer_norm": (lambda x: F.layer_norm(x, (x.shape[-1],)), standardise),
     "amax": (lambda x: x.amax(-1, keepdim=True), lambda r: [max(r)]),
+    "topk": (lambda x: x.topk(4).values, lambda r: sorted(r, reverse=True)[:4]),
+    "topk least": (lambda x: torch.topk(x, 3, 1, False)[0], lambda r: sorted(r)[:3]),
     "division": (
         lambda x: x[:, :2] / (2 + x[:, 2:4].tanh()),
         lambda r: [r[i] / (2 + mpmath.tanh(r[i + 2])) for i in (0, 1)],
@@ -150,6 +152,18 @@ def test_row_rules(name, dtype, size):
     if size > 1:
         rounding *= 1e3  # probabilities near 0 and 1: the remainder of log1p cancels
     assert (got - want).abs().amax() <= rounding * want.abs().amax()
+
+
+def test_the_indices_of_order_statistics_move_too():
+    x, d = torch.tensor([[1.0, 2.0, 3.0]]).double(), torch.tensor([[0.0, 1.5, 0.0]]).double()
+
+    def fn(params, _):
+        index = params["x"].topk(2).indices
+        return torch.tensor([[10.0, 20.0, 30.0]]).double().gather(-1, index)
+
+    inc = increment(fn, {"x": x}, {"x": d})
+    value, out = inc(None)
+    assert value.tolist() == [[30.0, 20.0]] and out.tolist() == [[-10.0, 10.0]]
 
 
 def test_minus_infinity_and_masks():

@@ -131,6 +131,19 @@ def row_functions():
     batch = cases.batch()
     old = score(ref, batch).logp
     made = {"score": (lambda p, b: tuple(score(p, b)), batch)}
+    reads = {
+        "top": fp.readouts.top_probability,
+        "margin": fp.readouts.margin,
+        "collision": fp.readouts.collision_probability,
+        "tail": fp.readouts.tail_mass(4),
+        "eos": fp.readouts.eos_probability(cases.EOS),
+    }
+    fns = {n: fp.scorer(case.model, case.base, readout=r) for n, r in reads.items()}
+    fns["to reference"] = fp.scorer(
+        case.model, case.base, readout=fp.readouts.expected_kl, reference=ref
+    )
+    fns["reward"] = fp.with_value(score, lambda b: b.reward)
+    made |= {n: (lambda p, b, fn=fn: tuple(fn(p, b)), batch) for n, fn in fns.items()}
     for name in sorted(fp.RECIPES):
         ready = fp.prepare(batch, name, old_logp=old, ref_logp=old)
         made[name] = (lambda p, b, name=name: (fp.objective(score, name)(p, b),), ready)

@@ -127,5 +127,6 @@ def test_every_public_name_is_there_and_says_what_it_does():
     names = [n for n in dir(funcprobe) if not n.startswith("_") and n[0].islower()]
     public = [n for n in names if callable(getattr(funcprobe, n))]
     assert {"split", "sweep", "taylor", "adamw", "entropy_change"} <= set(public)
+    assert "merge" not in public  # `join` is for sweeps; blocks of anything else are the package's
     for name in public:
         assert (getattr(funcprobe, name).__doc__ or "").strip(), name

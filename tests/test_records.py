@@ -1,11 +1,13 @@
 """Batches as JSON lines: what is written is read back, and bad lines are named."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import funcprobe as fp
+from funcprobe.language.batch import trim
 from funcprobe.records import read_sampling
 
 
@@ -22,23 +24,43 @@ def lines(path, *records) -> str:
 
 
 def test_a_batch_survives_the_round_trip(tmp_path, checkpoint, evaluation):
-    path = tmp_path / "deep" / "batch.jsonl"
+    path = tmp_path / "very" / "deep" / "batch.jsonl"
     some = evaluation.rows(slice(0, 20))
     fp.write_batch(path, some, tokenizer=checkpoint.tokenizer, sampling=fp.Sampling(0.7, 0.9))
     again = fp.read_batch(path)
-    length = some.response.sum(1).max()
-    assert torch.equal(again.old_logp[again.response], some.old_logp[some.response])
-    assert torch.equal(again.response, some.response[:, :length])
+    assert same(again, trim(some)) and again.group.tolist() == [0] * 8 + [1] * 8 + [2] * 4
     assert same(again, fp.read_batch(path, checkpoint.tokenizer))
     assert read_sampling(path) == fp.Sampling(0.7, 0.9)
     assert [p.name for p in path.parent.iterdir()] == ["batch.jsonl"]
 
 
+def test_the_texts_are_the_prompt_and_what_follows(tmp_path, checkpoint, evaluation):
+    path = tmp_path / "b.jsonl"
+    fp.write_batch(path, evaluation.rows(slice(0, 9)), tokenizer=checkpoint.tokenizer)
+    for i, line in enumerate(map(json.loads, path.read_text().splitlines())):
+        ids = evaluation.tokens[i][evaluation.attention[i]].tolist()
+        text = checkpoint.tokenizer.decode(ids, skip_special_tokens=True)
+        assert line["prompt"].endswith("=") and line["prompt"] + line["completion"] in (
+            text,
+            checkpoint.tokenizer.bos_token + text,
+        )
+        assert line["prompt_ids"] + line["completion_ids"] == ids
+
+
 def test_a_field_known_in_some_rows_only(tmp_path):
     nan = float("nan")
-    some = fp.collate([[1], [2]], [[3, 4], [5]], reward=[nan, 2.0], old_logp=[[-1, -2], [nan]])
+    some = fp.collate(
+        [[1], [2]],
+        [[3, 4], [5]],
+        reward=[nan, 2.0],
+        old_logp=[[-1, -2], [nan]],
+        advantage=[0.5, nan],
+    )
     fp.write_batch(tmp_path / "b.jsonl", some)
+    assert "NaN" not in (tmp_path / "b.jsonl").read_text()
     assert same(fp.read_batch(tmp_path / "b.jsonl"), some)
+    fp.write_batch(tmp_path / "c.jsonl", some.rows(slice(1, 2)))
+    assert "advantage" not in (tmp_path / "c.jsonl").read_text()
 
 
 def test_unknown_fields_stay_unknown(tmp_path):
@@ -64,6 +86,45 @@ def test_texts_are_tokenised_and_end_with_eos(tmp_path, checkpoint):
     assert batch.group.tolist() == [0, 0]
 
 
+class Words:
+    """A tokenizer of words, with a chat template and a pad id."""
+
+    pad_token_id, eos_token_id = 90, 91
+
+    def __call__(self, text, add_special_tokens=True):
+        ids = [len(word) for word in text.split()]
+        return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
+
+    def apply_chat_template(self, messages, *, add_generation_prompt, return_dict):
+        ids = [i for m in messages for i in (80, *self(m["content"], False).input_ids)]
+        return {"input_ids": ids + [81] * add_generation_prompt}
+
+
+def test_chats_texts_and_padding(tmp_path):
+    chat = [{"role": "user", "content": "how are you"}]
+    path = lines(
+        tmp_path / "c.jsonl",
+        {"prompt": chat, "completion": "fine"},
+        {"prompt": "hello", "completion": "oh hello there", "truncated": True},
+        {"prompt": chat, "prompt_ids": [7], "completion": "no", "completion_ids": [8]},
+    )
+    batch = fp.read_batch(path, Words())
+    assert batch.tokens.tolist() == [
+        [80, 3, 3, 3, 81, 4, 91],
+        [1, 5, 2, 5, 5, 90, 90],
+        [7, 8, 90, 90, 90, 90, 90],
+    ]
+    assert batch.response.sum(1).tolist() == [2, 3, 1]
+    with pytest.raises(ValueError, match="row 0: a prompt given as text needs a tokenizer"):
+        fp.read_batch(path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / "b.bin").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="b.bin is not a text file"):
+        fp.read_batch(tmp_path / "b.bin")
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -80,7 +141,12 @@ def test_texts_are_tokenised_and_end_with_eos(tmp_path, checkpoint):
             "reward must stand in every line or in none, row 1",
         ),
         ('{"prompt_ids": [1], "completion_ids": [2, 3], "old_logp": [-1.0]}', "1 values for 2"),
-        ('{"prompt_ids": [1], "completion_ids": ["a"]}', "read_batch"),
+        (
+            '{"prompt_ids": [1], "completion_ids": ["a"]}',
+            "row 0: completion_ids must be a list of int",
+        ),
+        ('{"prompt_ids": [true], "completion_ids": [1]}', "row 0: prompt_ids must be a list of in"),
+        ('{"prompt_ids": [1], "completion_ids": [2], "group": 0.5}', "row 0: group must be an int"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, text, complaint):

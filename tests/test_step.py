@@ -142,6 +142,17 @@ def test_clipping_uses_the_norm_over_all_gradients():
     torch.testing.assert_close(step.clip, 0.5 / (total + 1e-6), rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("none", [None, 0, 0.0])
+def test_no_clipping_is_none_or_zero(none):
+    params, grads = tree(0), tree(1)
+    for step in (
+        fp.adamw(grads, params, fresh_state(params), **PLAIN, max_grad_norm=none),
+        fp.sgd(grads, params, lr=0.1, max_grad_norm=none),
+    ):
+        assert step.clip == 1
+        assert all((fp.direction(step, grads)[n] != 0).all() for n in params)
+
+
 def test_float32_parameters_give_float32_steps():
     params = {n: p.float() for n, p in tree(0).items()}
     grads = {n: g.float() for n, g in tree(1).items()}
@@ -330,6 +341,18 @@ def without(values, name):
         (dict(grads=tree(1) | {"b": torch.full((4,), torch.nan)}), "must be finite.*'b'"),
         (dict(mu=without(tree(1), "w")), r"adamw \(state.mu\): .*missing: 'w'"),
         (dict(nu=tree(1) | {"w": torch.full((5, 3), torch.inf)}), r"\(state.nu\): .*finite"),
+        (dict(count=without(tree(1), "w")), r"\(state.count\): .*missing: 'w'"),
+        (
+            dict(count={n: torch.tensor(3.0) for n in (*NAMES, "x")}),
+            r"\(state.count\): .*others did: 'x'",
+        ),
+        (
+            dict(count={n: torch.tensor(torch.nan) for n in NAMES}),
+            r"\(state.count\): .*must be finite",
+        ),
+        (dict(count=tree(1)), r"\(state.count\): .*'b' is \[4\], expected \[\]"),
+        (dict(grads=dict.fromkeys(NAMES)), "adamw: a gradient was .* all 3 are None"),
+        (dict(max_grad_norm=-1.0), "adamw: max_grad_norm must be positive, .* not -1.0"),
         (dict(amsgrad=True), "amsgrad needs state.nu_max"),
         (dict(lr=0.0), "adamw: at least one learning rate must be positive"),
         (dict(lr={"w": 0.1, "b": 0.1}), "'c' has none"),
@@ -339,8 +362,10 @@ def without(values, name):
 def test_adamw_refuses(change, message):
     params = tree(0)
     state = fresh_state(params)
-    state = state._replace(**{k: change[k] for k in ("mu", "nu") if k in change})
-    options = PLAIN | {k: change[k] for k in ("lr", "amsgrad", "betas") if k in change}
+    state = state._replace(**{k: change[k] for k in ("count", "mu", "nu") if k in change})
+    options = PLAIN | {
+        k: change[k] for k in ("lr", "amsgrad", "betas", "max_grad_norm") if k in change
+    }
     with pytest.raises(ValueError, match=f"(?s){message}"):
         fp.adamw(change.get("grads", tree(1)), params, state, **options)
 
@@ -348,8 +373,30 @@ def test_adamw_refuses(change, message):
 def test_sgd_refuses():
     with pytest.raises(ValueError, match=r"sgd \(buffer\): .*missing: 'b'"):
         fp.sgd(tree(1), tree(0), without(tree(2), "b"), lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="sgd: max_grad_norm must be positive"):
+        fp.sgd(tree(1), tree(0), lr=0.1, max_grad_norm=-1.0)
     with pytest.raises(ValueError, match="sgd: at least one learning rate"):
         fp.sgd(tree(1), tree(0), lr={"w": 0.0, "b": 0.0, "c": -1.0})
+
+
+def test_the_direction_is_of_the_steps_own_names():
+    params, grads = tree(0), tree(1)
+    step = fp.adamw(grads | {"c": None}, params, fresh_state(params), **PLAIN)
+    assert fp.direction(step, grads | {"c": None}).keys() == params.keys()
+    for wrong, message in (
+        (without(grads, "w"), "missing: 'w'"),
+        (grads | {"x": torch.ones(1)}, "others did: 'x'"),
+        (grads | {"b": torch.ones(1)}, r"'b' is \[1\], expected \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)direction: .*{message}"):
+            fp.direction(step, wrong)
+
+
+def test_the_inner_product_is_of_the_same_names():
+    with pytest.raises(ValueError, match="dot: .*missing: 'b'"):
+        fp.dot(tree(0), without(tree(1), "b"))
+    with pytest.raises(ValueError, match="dot: .*others did: 'x'"):
+        fp.dot(tree(0), tree(1) | {"x": torch.ones(1)})
 
 
 def test_decompose_refuses_other_names():

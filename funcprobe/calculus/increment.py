@@ -347,6 +347,15 @@ def _maximum(op, a, b):
     return value, torch.where(x + da >= y + db, da + (x - value), db + (y - value))
 
 
+def _topk(op, a, k, dim=-1, largest=True, sorted=True):
+    """Order statistics move with the elements that come to take their places."""
+    value, index = op(a.x, k, dim, largest, True)
+    there = op(a.moved, k, dim, largest, True).indices
+    change = a.d.gather(dim, there) + (a.x.gather(dim, there) - value)
+    out = torch.return_types.topk
+    return out((value, index)), out((change, there - index))
+
+
 def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
@@ -504,6 +513,7 @@ def _table() -> dict[Callable, Callable]:
     give(_clamp, "clamp", "clip")
     give(_amax, "amax")
     give(_maximum, "maximum")
+    give(_topk, "topk")
     give(_softmax, "softmax")
     give(_log_softmax, "log_softmax")
     give(_logsumexp, "logsumexp")

@@ -197,6 +197,9 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
         sweeps: of the same etas, over disjoint rows.
         order: [N] the original row of each row of the blocks, as `by_length` gives it; None keeps
             the blocks' order. Leaves of ragged width are padded with zeros to the widest.
+
+    Raises:
+        ValueError: no sweeps, sweeps of different etas, an order of another number of rows.
     """
     sweeps = list(sweeps)
     if not sweeps:

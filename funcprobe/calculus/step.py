@@ -112,21 +112,31 @@ def adamw(
         state: the moments before the step.
         lr, eps, weight_decay: a float, or a dict of floats by parameter name where groups differ.
         betas: the decay rates of the two moments, or a dict of pairs.
-        max_grad_norm: clip the norm over all gradients to it, as `clip_grad_norm_` does.
+        max_grad_norm: clip the norm over all gradients to it, as `clip_grad_norm_` does; None or 0
+            is no clipping, as in the Trainer.
 
     Raises:
-        ValueError: names or shapes that do not fit, a non-finite gradient or moment, every rate 0.
+        ValueError: names or shapes that do not fit, a non-finite gradient, moment or count, every
+            gradient None, every rate 0, a negative `max_grad_norm`.
     """
     moved = {name: g for name, g in grads.items() if g is not None}
     fitting = {name: p for name, p in params.items() if grads.get(name, 0) is not None}
     check_direction("adamw (grads)", moved, fitting)
+    if not moved:
+        raise ValueError(
+            f"adamw: a gradient was expected for at least one parameter, all {len(params)} are "
+            "None, so nothing would move. Was the loss made from these parameters, and backward() "
+            "called?"
+        )
+    counts = dict.fromkeys(params, torch.zeros(()))
+    check_direction("adamw (state.count)", state.count, counts)
     moments = {"mu": state.mu, "nu": state.nu} | ({"nu_max": state.nu_max} if amsgrad else {})
     for name, moment in moments.items():
         if moment is None:
             raise ValueError(f"adamw: amsgrad needs state.{name}, which the state does not have.")
         check_direction(f"adamw (state.{name})", moment, params)
     rates, reference = _rates("adamw", lr, params)
-    clip = _clip(moved, max_grad_norm)
+    clip = _clip("adamw", moved, max_grad_norm)
     momentum, decay, scale = {}, {}, {}
     for name, p in params.items():
         if grads[name] is None:
@@ -170,16 +180,17 @@ def sgd(
         params: the parameters, for decay.
         buffer: the momentum buffer before the step; None at the first.
         lr, weight_decay: a float, or a dict of floats by parameter name.
-        max_grad_norm: clip the norm over all gradients to it.
+        max_grad_norm: clip the norm over all gradients to it; None or 0 is no clipping.
 
     Raises:
-        ValueError: names or shapes that do not fit, a non-finite value, every rate 0.
+        ValueError: names or shapes that do not fit, a non-finite value, every rate 0, a negative
+            `max_grad_norm`.
     """
     check_direction("sgd (grads)", grads, params)
     if buffer is not None:
         check_direction("sgd (buffer)", buffer, params)
     rates, reference = _rates("sgd", lr, params)
-    clip = _clip(grads, max_grad_norm)
+    clip = _clip("sgd", grads, max_grad_norm)
     keep, fresh = momentum, (1 - dampening if buffer is not None else 1.0)
     if momentum == 0:
         keep, fresh = 0.0, 1.0
@@ -201,7 +212,13 @@ def direction(step: Affine, grads: Params) -> Params:
     Args:
         step: from `adamw` or `sgd`.
         grads: the gradient that the step was made from, unclipped.
+
+    Raises:
+        ValueError: names or shapes that are not the step's.
     """
+    moved = {name: g for name, g in grads.items() if g is not None}
+    fitting = {name: s for name, s in step.scale.items() if grads.get(name, 0) is not None}
+    check_names("direction", moved, fitting)
     return {
         name: step.momentum[name]
         + step.decay[name]
@@ -222,6 +239,9 @@ def decompose(step: Affine, row_grads: Params) -> tuple[Params, Params, Params]:
 
     Returns:
         ``(momentum, decay, rows)``, the last with leading N.
+
+    Raises:
+        ValueError: names or shapes that are not the step's.
     """
     check_names("decompose", {name: g[0] for name, g in row_grads.items()}, step.scale)
     rows = {name: scale * row_grads[name].to(scale.dtype) for name, scale in step.scale.items()}
@@ -232,10 +252,15 @@ def _sum(fn: Callable) -> Callable:
     return lambda params, batch: sum(leaf.sum() for leaf in leaves(fn(params, batch)))
 
 
-def _clip(grads: Params, max_grad_norm: float | None) -> Tensor:
+def _clip(where: str, grads: Params, max_grad_norm: float | None) -> Tensor:
     total = norm(grads)
-    if max_grad_norm is None:
+    if not max_grad_norm:
         return torch.ones_like(total)
+    if not max_grad_norm > 0:
+        raise ValueError(
+            f"{where}: max_grad_norm must be positive, or None or 0 for no clipping, not "
+            f"{max_grad_norm}."
+        )
     return (max_grad_norm / (total + 1e-6)).clamp(max=1.0)
 
 

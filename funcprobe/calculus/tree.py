@@ -144,11 +144,17 @@ def merge(trees: Sequence, order: Tensor | None = None, dim: int = 0):
             differently, the last axis is padded with zeros to the widest.
         order: [N] the original row of each row of the blocks, as `by_length` gives it; None keeps
             the blocks' order.
+
+    Raises:
+        ValueError: an order of another number of rows.
     """
     back = None if order is None else torch.argsort(order)
     rows = sum(leaves(tree)[0].shape[dim] for tree in trees)
     if back is not None and len(back) != rows:
-        raise ValueError(f"merge: the order is of {len(back)} rows, the blocks hold {rows}.")
+        raise ValueError(
+            f"join: an order of {rows} rows was expected, as the blocks hold, not of {len(back)}. "
+            "Pass the order that by_length gave with these blocks."
+        )
 
     def leaf(*parts: Tensor) -> Tensor:
         if parts[0].ndim > dim + 1:

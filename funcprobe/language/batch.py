@@ -116,6 +116,9 @@ def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
         The blocks, and `order` [N] int64 with ``batch.rows(order)`` equal to the blocks one after
         another, padding aside; `join` takes it to restore the rows' order.
 
+    Raises:
+        ValueError: `tokens` is below 1.
+
     >>> batch = collate([[5], [5], [5]], [[1, 2, 3, 4], [1], [1, 2]])
     >>> blocks, order = by_length(batch, tokens=6)
     >>> [tuple(block.tokens.shape) for block in blocks], order.tolist()

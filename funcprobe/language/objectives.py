@@ -105,6 +105,9 @@ def objective(
     Args:
         score: a scorer.
         recipe: the one the batch was prepared with.
+
+    Raises:
+        ValueError: an unknown recipe; where the function is called, a batch that was not prepared.
     """
     recipe = _recipe(recipe)
 
