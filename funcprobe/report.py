@@ -11,7 +11,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from .records import write_atomically
-from .statistics.change import Estimate, Series
+from .statistics.results import Estimate, Series
 from .statistics.validity import ratio, reach
 
 WITHIN = 0.1  # the line "holds" while the change is within a tenth of it

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .change import Estimate, Series
+from .results import Estimate, Series
 from .uncertainty import standard_error
 
 
