@@ -20,7 +20,7 @@ from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import scorer
 from .report import Report
 from .statistics.change import entropy_change, entropy_series
-from .statistics.validity import doubts
+from .statistics.doubts import doubts
 
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 

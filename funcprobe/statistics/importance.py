@@ -113,11 +113,14 @@ def _fit(logw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = math.floor(min(n / 5, 3 * math.sqrt(n)))
     undefined = torch.tensor(torch.nan, dtype=torch.float64, device=logw.device)
     cutoff = ordered[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
-    tail = order[ordered > cutoff] if size < n else order[:0]
+    tail = order[-size:] if size else order[:0]
+    # Draws equal to the cutoff stay, unless they are so many that the fit's scale would be 0.
+    if len(tail) and ordered[-size + int(size / 4 + 0.5) - 1] <= cutoff:
+        tail = order[ordered > cutoff]
     if len(tail) <= 4:
         return undefined, undefined, cutoff, tail
     # e^x / e^cutoff - 1, without cancellation where the weights are nearly equal.
-    k, scale = _pareto(torch.expm1(x[tail] - cutoff))
+    k, scale = _pareto(torch.expm1(x[tail] - cutoff).clamp(min=0))
     return k, scale, cutoff, tail
 
 

@@ -131,9 +131,10 @@ def bootstrap(
         if studentised:
             psi = _influences(sums, drawn)
             error = (g / max(g - 1, 1) * (times * psi * psi).sum(-1)).sqrt()
-            t = ((there - value) / error).nan_to_num(0.0, posinf=0.0, neginf=0.0)
             own = standard_error(sums.influence())
-            low_high = value - own * t.quantile(tails.to(t)).flip(0)
+            # A draw of one prompt alone has no spread, and says nothing of t.
+            t = torch.where(error > 1e-9 * own, (there - value) / error, torch.nan)
+            low_high = value - (own * t.nanquantile(tails.to(t)).flip(0)).nan_to_num(0.0)
         values.append(value)
         spread.append(there.std() if g > 1 else value * torch.nan)
         ends.append(low_high if g > 1 else low_high * torch.nan)
