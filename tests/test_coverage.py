@@ -14,6 +14,7 @@ import torch
 from test_exact import SEQUENCES, exact
 
 import funcprobe as fp
+from funcprobe.statistics.uncertainty import interval
 
 pytestmark = pytest.mark.slow
 
@@ -90,6 +91,7 @@ def simulated(per):
             change = fp.entropy_change(sweep, rows, weights=w, per=per)
             series = fp.entropy_series(terms, rows, weights=w, per=per)
             naive = fp.entropy_series(terms, alone, weights=w, per=per)
+            naive_base = by_row(sweep.base, rows.response, per)
             law = fp.linearity(change, series, tolerance=TOLERANCE, draws=1000)
             found = dict(
                 value=change.value,
@@ -98,6 +100,8 @@ def simulated(per):
                 slope=series.value[0],
                 slope_interval=series.interval()[0],
                 naive=naive.interval()[0],
+                base=interval(change.base, change.base_psi),
+                naive_base=interval(change.base, naive_base),
                 low=law.low,
                 high=law.high,
                 holds=torch.tensor(law.holds, dtype=torch.float64),
@@ -108,6 +112,13 @@ def simulated(per):
     changes = torch.tensor([true_change(per, eta) for eta in etas], dtype=torch.float64)
     result = {w: {n: torch.stack(x) for n, x in found.items()} for w, found in out.items()}
     return result, changes, slope, reach
+
+
+def by_row(base, response, per):
+    """Influence values of the base by row, as if rows were independent."""
+    h, t = base.entropy.sum(1), response.sum(1).double()
+    t = t if per == "token" else torch.ones_like(t)
+    return (h - h.sum() / t.sum() * t) / t.sum()
 
 
 def covered(ends, true):
@@ -129,7 +140,11 @@ def test_no_bias_shows_and_95_percent_intervals_cover(weights, per):
     assert ((cover >= 0.92) & (cover <= 0.98)).all(), cover
     assert 0.92 <= covered(found["slope_interval"], slope) <= 0.98
     # Responses of one prompt are correlated: errors that ignore it are too small.
-    assert covered(found["naive"], slope) < 0.9
+    params, _, _ = policy()
+    base = exact(params, range(KINDS), per)
+    assert 0.92 <= covered(found["base"], base) <= 0.98
+    assert covered(found["naive_base"], base) < 0.8
+    assert covered(found["naive"], slope) < 0.92
 
 
 @pytest.mark.parametrize("per", PER)
@@ -160,10 +175,50 @@ def test_verdicts_are_rarely_wrong_and_mostly_said(weights, per):
     assert said >= 0.8, said
 
 
-def test_position_normalised_prefix_weights_are_the_better_ones_here():
-    result, changes, _, _ = simulated("token")
-    ratio = result["prefix"]["value"].var(0) / result["sequence"]["value"].var(0)
-    assert ratio.max() <= 0.75, ratio
+def chain(seed, *, rows, length=60, states=5):
+    """Responses of a Markov chain that ends in state 0, and their scores at any eta."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, v = torch.randn(2, states, states, generator=generator).double()
+    logits[:, 0] -= 3
+    p = logits.softmax(-1)
+    state, alive = torch.ones(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
+    columns = []
+    for _ in range(length):
+        token = torch.multinomial(p[state], 1, True, generator=generator)[:, 0]
+        columns.append((state, token, alive))
+        alive = alive & (token != 0)
+        state = torch.where(alive, token, state)
+    state, token, alive = (torch.stack(column, 1) for column in zip(*columns, strict=True))
+
+    def score(eta):
+        logp = (logits + eta * v).log_softmax(-1)
+        entropy = -(logp.exp() * logp).sum(-1)
+        return fp.Scores(
+            torch.where(alive, logp[state, token], 0.0), torch.where(alive, entropy[state], 0.0)
+        )
+
+    return score, alive
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_position_normalised_prefix_weights_are_the_better_ones_on_long_responses(seed):
+    """Per token, up to 60 tokens, 500 batches of 64 rows."""
+    draws, n = 500, 64
+    score, response = chain(seed, rows=draws * n)
+    base, there = score(0.0), score(0.05)
+    values = {"sequence": [], "prefix": []}
+    for start in range(0, draws * n, n):
+        some = slice(start, start + n)
+        sweep = SimpleNamespace(
+            etas=torch.tensor([0.05]),
+            base=fp.Scores(*(x[some] for x in base)),
+            change=fp.Scores(*(a[None, some] - b[some] for a, b in zip(there, base, strict=True))),
+        )
+        rows = SimpleNamespace(response=response[some], group=torch.arange(n))
+        for weights, found in values.items():
+            found.append(fp.entropy_change(sweep, rows, weights=weights).value[0])
+    snis, prefix = (torch.stack(found).var() for found in values.values())
+    assert prefix / snis <= 0.75, prefix / snis
 
 
 @pytest.mark.parametrize("per", PER)

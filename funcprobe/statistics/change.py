@@ -22,6 +22,9 @@ from .results import Estimate, Series, polynomial
 from .uncertainty import by_group
 
 
+_BLOCK = 2**19  # numbers of a sweep at a time: a few hundred MB with all that is made of them
+
+
 def entropy_change(
     sweep: Swept,
     batch: Rows,
@@ -103,8 +106,9 @@ def entropy_change(
         return total - seen.behaviour
 
     values, psis, moved = [], [], []
-    for k in range(len(sweep.etas)):
-        arrays = sweep.change.logp[k], getattr(sweep.change, seen.quantity)[k]
+    some = max(_BLOCK // seen.ground.response.numel(), 1)
+    for part in torch.arange(len(sweep.etas)).split(some):
+        arrays = sweep.change.logp[part], getattr(sweep.change, seen.quantity)[part]
         plain = change_sums(seen.ground, *arrays, weights, control=control)
         sums = plain
         if smooth or clip is not None:
@@ -112,7 +116,7 @@ def entropy_change(
         values.append(sums.value())
         psis.append(by_group(sums.influence(), seen.group))
         moved.append(values[-1] - plain.value())
-    value, psi, moved = (torch.stack(column).cpu() for column in (values, psis, moved))
+    value, psi, moved = (torch.cat(column).cpu() for column in (values, psis, moved))
 
     base = base_sums(seen.ground)
     shift = log_weights(sweep.change.logp, seen.ground.response)
