@@ -32,6 +32,7 @@ from .rollout import rollout
 from .statistics.change import entropy_change, entropy_covector, entropy_series
 from .statistics.importance import pareto_khat, pareto_smooth
 from .statistics.orders import OddEven, odd_even, takeover
+from .statistics.planning import Comparison, compare, prompts_needed
 from .statistics.resampling import Bootstrap, Jackknife, bootstrap, jackknife
 from .statistics.results import Estimate, Series
 from .statistics.uncertainty import band

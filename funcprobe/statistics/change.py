@@ -21,7 +21,6 @@ from .reading import Scores, Swept, quantity, read
 from .results import Estimate, Series, polynomial
 from .uncertainty import by_group
 
-
 _BLOCK = 2**19  # numbers of a sweep at a time: a few hundred MB with all that is made of them
 
 
