@@ -12,7 +12,8 @@ import funcprobe as fp
 def repeated(terms, rows, times):
     """The same rows under `times` as many prompts: the error falls by about sqrt(times)."""
     many = [fp.Scores(*(x.repeat(times, 1) for x in term)) for term in terms]
-    group = torch.cat([rows.group + 3 * j for j in range(times)])
+    prompts = len(rows.group.unique())
+    group = torch.cat([rows.group + prompts * j for j in range(times)])
     return many, SimpleNamespace(response=rows.response.repeat(times, 1), group=group)
 
 

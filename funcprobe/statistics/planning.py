@@ -62,17 +62,13 @@ class Comparison(NamedTuple):
     estimates: dict[str, Estimate]  # by the name of their weights
 
     def __str__(self) -> str:
-        names = list(self.estimates)
-        header = ["eta", *names, "ESS"]
-        first = self.estimates[names[0]]
-        rows = [
-            [
-                f"{float(eta):.3g}",
-                *(f"{float(e.value[k]):+.3e} +- {float(e.stderr[k]):.1e}" for e in self.estimates.values()),
-                f"{float(first.ess[k]):.0f}/{first.rows}",
-            ]
-            for k, eta in enumerate(self.etas)
-        ]  # fmt: skip
+        estimates = list(self.estimates.values())
+        header = ["eta", *self.estimates, "ESS"]
+        rows = []
+        for k, eta in enumerate(self.etas.tolist()):
+            found = [f"{float(e.value[k]):+.3e} +- {float(e.stderr[k]):.1e}" for e in estimates]
+            ess = f"{float(estimates[0].ess[k]):.0f}/{estimates[0].rows}"
+            rows.append([f"{eta:.3g}", *found, ess])
         widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
         return "\n".join(
             "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
