@@ -96,7 +96,9 @@ def test_a_slope_within_its_error_decides_nothing():
     assert float(series.stderr[0]) > 0.5
     got = fp.linearity(change, series)
     assert got.verdict == "inconclusive" and got.eta_max == (0.0, math.inf)
-    assert set(got.excluded) == {"the slope is within its error of 0"}
+    assert set(got.excluded) == {"the slope is within its error of 0: more prompts are needed"}
+    many = fp.linearity(*law([1.0, 2.0, 3.0, 4.0], lambda e: 0.0, shared=4.0))
+    assert "Left out: 1 to 4 (the slope is" in str(many)
     lone = law([1.0], lambda e: 0.0, prompts=1)
     assert fp.linearity(*lone).excluded == ("one prompt has no error",)
 

@@ -88,11 +88,15 @@ class Linearity(NamedTuple):
         for eta, reason in zip(self.etas.tolist(), self.excluded, strict=True):
             if reason and eta:
                 left_out.setdefault(reason, []).append(at(eta))
-        reasons = [f"{', '.join(found)} ({reason})" for reason, found in left_out.items()]
+        reasons = [f"{_listed(found)} ({reason})" for reason, found in left_out.items()]
         return text + (f" Left out: {'; '.join(reasons)}." if reasons else "")
 
     def __str__(self) -> str:
         return self.describe()
+
+
+def _listed(words: list[str]) -> str:
+    return ", ".join(words) if len(words) < 4 else f"{words[0]} to {words[-1]}"
 
 
 def linearity(
@@ -193,7 +197,7 @@ def _excluded(
     if g < 2:
         everywhere = "one prompt has no error"
     elif not slope > t_quantile(level, g - 1) * error:
-        everywhere = "the slope is within its error of 0"
+        everywhere = "the slope is within its error of 0: more prompts are needed"
     limit = khat_limit(change.rows)
     reasons = []
     for eta, khat in zip(change.etas.tolist(), change.khat.tolist(), strict=True):
