@@ -32,5 +32,11 @@ from .probe import probe
 from .records import read_batch, write_batch
 from .report import Report, plot, plot_ratio
 from .rollout import rollout
-from .statistics.change import Estimate, Series, entropy_change, entropy_series
-from .statistics.validity import Ratio, ratio
+from .statistics.change import entropy_change, entropy_covector, entropy_series
+from .statistics.importance import pareto_khat, pareto_smooth
+from .statistics.orders import OddEven, odd_even, takeover
+from .statistics.planning import Comparison, compare, prompts_needed
+from .statistics.resampling import Bootstrap, Jackknife, bootstrap, jackknife
+from .statistics.results import Estimate, Series
+from .statistics.uncertainty import band
+from .statistics.validity import Linearity, Ratio, linearity, ratio

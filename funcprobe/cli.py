@@ -50,13 +50,19 @@ class ProbeArguments:
     weights: str = field(
         default="sequence",
         metadata={
-            "help": "Importance weights: plain SNIS, or position-normalised by prefix.",
-            "choices": ["sequence", "prefix"],
+            "help": "Importance weights: plain SNIS, or by prefix, position-normalised or raw.",
+            "choices": ["sequence", "prefix", "prefix_raw"],
         },
     )
     per: str = field(
         default="token",
         metadata={"help": "Entropy per token or per sequence.", "choices": ["token", "sequence"]},
+    )
+    off_policy: bool = field(
+        default=False,
+        metadata={
+            "help": "E's lines hold the log-probabilities it was sampled with: weigh by them."
+        },
     )
     max_length: int | None = field(
         default=None,
@@ -187,6 +193,7 @@ def _probe(arguments: ProbeArguments) -> None:
         recipe=arguments.recipe,
         weights=arguments.weights,
         per=arguments.per,
+        off_policy=arguments.off_policy,
         change=arguments.change,
         max_length=max_length,
         tokens=arguments.tokens,

@@ -20,7 +20,7 @@ from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import scorer
 from .report import Report
 from .statistics.change import entropy_change, entropy_series
-from .statistics.validity import doubts
+from .statistics.doubts import doubts
 
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
@@ -34,6 +34,7 @@ def probe(
     recipe: str | Recipe = "dr_grpo",
     weights: str = "sequence",
     per: str = "token",
+    off_policy: bool = False,
     change: str = "increment",
     max_length: int | None = None,
     tokens: int | None = None,
@@ -55,6 +56,8 @@ def probe(
             0, 0.25, 0.5, 1, 2 and 4 times that rate.
         recipe: the objective of the update.
         weights, per: the estimator; see `entropy_change`.
+        off_policy: E was sampled elsewhere, with the log-probabilities it records: weigh its rows
+            by them. Without, E is taken to be sampled at the checkpoint, and flagged if it was not.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
         max_length: the divisor of recipes with a constant one, in tokens.
         tokens: rows times positions times lanes of a block, at most. It bounds memory; the default
@@ -108,8 +111,10 @@ def probe(
     terms = merge([taylor(score, params, v, part, rows=len(part.tokens)) for part in parts], order)
     clock("slope")
 
-    estimate = entropy_change(swept, evaluation, weights=weights, per=per)
-    series = entropy_series(terms, evaluation, weights=weights, per=per)
+    kind = {"weights": weights, "per": per}
+    kind["behaviour"] = evaluation.old_logp if off_policy else None
+    estimate = entropy_change(swept, evaluation, **kind)
+    series = entropy_series(terms, evaluation, **kind)
     after = checksum(base | params)
     clock("statistics and checksum")
     with exact():
@@ -140,13 +145,14 @@ def probe(
             "evaluation": _sizes(evaluation),
             "change": change,
             "importance weights": weights,
+            "off policy": off_policy,
             "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
             "precision": precision,
             "seconds": clock.seconds,
         },
         flags=(
             *doubts(estimate),
-            *_doubts(swept, evaluation, change),
+            *_doubts(swept, evaluation, change, off_policy),
             *_guesses(recipe, max_length, divisor),
         ),
         arrays={
@@ -204,16 +210,16 @@ def _sizes(batch: Batch) -> dict[str, int]:
     }
 
 
-def _doubts(swept, evaluation: Batch, change: str) -> list[str]:
+def _doubts(swept, evaluation: Batch, change: str, off_policy: bool) -> list[str]:
     """What only the probe can see: E from another policy, changes below rounding."""
     found = []
     off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
-    if (off > 0.05).any():
+    if (off > 0.05).any() and not off_policy:
         found.append(
             f"E's recorded log-probabilities differ from the checkpoint's by up to "
             f"{float(off[~off.isnan()].max()):.2g} nats a token: E was not sampled from this "
             "policy, or the base model, its precision or the sampling settings differ. Sample E "
-            "from this checkpoint."
+            "from this checkpoint, or weigh it by what it records with off_policy=True."
         )
     if change == "direct" and swept.base.logp.dtype != torch.float64:
         found.append(

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from .records import write_atomically
-from .statistics.change import Estimate, Series
-from .statistics.validity import ratio, reach
+from .statistics.results import Estimate, Series
+from .statistics.uncertainty import t_quantile
+from .statistics.validity import Linearity, linearity
 
 WITHIN = 0.1  # the line "holds" while the change is within a tenth of it
 
@@ -28,9 +30,14 @@ class Report:
     flags: tuple[str, ...] = ()  # statistical doubts, each with its remedy
     arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)  # per-token results
 
+    @cached_property
+    def linearity(self) -> Linearity:
+        """How far the line holds, within 10%."""
+        return linearity(self.change, self.series, tolerance=WITHIN)
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as plain numbers and strings; nan becomes None."""
-        change, law = self.change, ratio(self.change, self.series)
+        change, law = self.change, self.linearity
         rows = [
             {
                 "eta": float(change.etas[k]),
@@ -39,24 +46,39 @@ class Report:
                 "change": float(change.value[k]),
                 "change_stderr": float(change.stderr[k]),
                 "predicted": float(self.series.predict(change.etas)[k]),
-                "over_line": float(law.value[k]),
+                "over_line": float(law.ratio[k]),
                 "over_line_stderr": float(law.stderr[k]),
+                "over_line_band": [float(law.low[k]), float(law.high[k])],
+                "line": law.verdicts[k],
+                "excluded": law.excluded[k],
                 "ess": float(change.ess[k]),
                 "khat": float(change.khat[k]),
                 "mean_weight": float(change.mean_weight[k]),
+                "mean_weight_z": float(change.mean_weight_z[k]),
+                "kl": float(change.kl[k]),
                 "least_weight": float(change.weight_range[k, 0]),
                 "largest_weight": float(change.weight_range[k, 1]),
+                "largest_share": float(change.largest_share[k]),
             }
             for k in range(len(change.etas))
         ]
         return _plain(
             {
-                "unit": f"nats/{change.per}",
+                "unit": change.unit,
+                "quantity": change.quantity,
+                "weights": change.weights,
                 "entropy": float(change.base),
                 "entropy_stderr": float(change.base_stderr),
                 "slope": float(self.series.value[0]),
                 "slope_stderr": float(self.series.stderr[0]),
                 "lr": self.lr,
+                "linearity": {
+                    "tolerance": law.tolerance,
+                    "level": law.level,
+                    "holds": law.holds,
+                    "fails": law.fails,
+                    "verdict": law.verdict,
+                },
                 "etas": rows,
                 "flags": list(self.flags),
                 "about": self.about,
@@ -88,8 +110,8 @@ class Report:
     def plot(self, axes) -> None:
         """Draws the change with its line, and the change over the line, on two Axes."""
         left, right = axes
-        plot(self.change, self.series, ax=left, unit=self.lr)
-        plot_ratio(self.change, self.series, ax=right, unit=self.lr)
+        plot(self.change, self.series, self.linearity, ax=left, unit=self.lr)
+        plot_ratio(self.change, self.series, self.linearity, ax=right, unit=self.lr)
 
     def __str__(self) -> str:
         data = self.to_dict()
@@ -121,20 +143,23 @@ class Report:
 
     def verdict(self) -> str:
         """Up to which eta the line was seen to hold, in a sentence."""
-        to, beyond = reach(ratio(self.change, self.series), self.change.etas, within=WITHIN)
-        words = f"The line is within {WITHIN:.0%} (pointwise 95% intervals) "
-        words += "nowhere for sure" if to is None else f"up to eta = {to / self.lr:.4g} lr"
-        return words + (
-            "." if beyond is None else f", and surely off it at {beyond / self.lr:.4g} lr."
-        )
+        return self.linearity.describe(self.lr, " lr")
 
 
-def plot(change: Estimate, series: Series | None = None, *, ax=None, unit: float | None = None):
+def plot(
+    change: Estimate,
+    series: Series | None = None,
+    linearity: Linearity | None = None,
+    *,
+    ax=None,
+    unit: float | None = None,
+):
     """Draws the entropy change against eta with 95% intervals, and the predicted line through it.
 
     Args:
         change: from `entropy_change`.
-        series: from `entropy_series`; its polynomial is drawn with a 95% band.
+        series: from `entropy_series`; its polynomial is drawn with a 95% interval.
+        linearity: from `linearity`; what it left out as not to be trusted is hatched.
         ax: matplotlib Axes; a new figure's if not given.
         unit: the learning rate that etas are shown in; absolute if not given.
 
@@ -150,32 +175,80 @@ def plot(change: Estimate, series: Series | None = None, *, ax=None, unit: float
             min(float(change.etas.min()), 0), max(float(change.etas.max()), 0), 101
         )
         span = span.double()
-        line, error = series.predict(span), 1.96 * series.predict_stderr(span)
+        line, error = series.predict(span), _half(series.psi) * series.predict_stderr(span)
         ax.plot(span / scale, line, color="C1", label=_name(series))
         ax.fill_between(span / scale, line - error, line + error, color="C1", alpha=0.15, lw=0)
-    _measured(ax, x, change.value, 1.96 * change.stderr)
+    _measured(ax, x, change.value, _half(change.psi) * change.stderr)
+    _hatch(ax, linearity, scale)
     ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
-    ax.set_ylabel(f"entropy change [nats/{change.per}]")
+    ax.set_ylabel(f"{change.quantity} change [{change.unit}]")
     ax.ticklabel_format(axis="y", scilimits=(-3, 3))
     ax.legend(frameon=False)
     return ax
 
 
-def plot_ratio(change: Estimate, series: Series, *, ax=None, unit: float | None = None):
-    """Draws the change over its line, less 1, with joint 95% intervals; returns the Axes."""
+def plot_ratio(
+    change: Estimate,
+    series: Series,
+    law: Linearity | None = None,
+    *,
+    ax=None,
+    unit: float | None = None,
+):
+    """Draws the change over its line, less 1: joint 95% intervals, and the band for all at once.
+
+    Args:
+        change, series: from `entropy_change` and `entropy_series`.
+        law: from `linearity`; computed if not given. What it left out is hatched.
+        ax, unit: as for `plot`.
+
+    Returns:
+        The Axes.
+    """
     ax = _axes(ax)
-    law = ratio(change, series)
-    shown = change.etas != 0
-    x = (change.etas / (unit or 1.0))[shown]
+    law = linearity(change, series, tolerance=WITHIN) if law is None else law
+    scale = unit or 1.0
     ax.axhspan(
-        -100 * WITHIN, 100 * WITHIN, color="C1", alpha=0.15, lw=0, label="within 10% of the line"
+        -100 * law.tolerance,
+        100 * law.tolerance,
+        color="C1",
+        alpha=0.15,
+        lw=0,
+        label=f"within {law.tolerance:.0%} of the line",
     )
     ax.axhline(0, color="C1")
-    _measured(ax, x, 100 * law.value[shown], 196 * law.stderr[shown])
+    used = torch.tensor([not reason for reason in law.excluded])
+    x, order = (law.etas / scale)[used].sort()
+    low, high = (100 * end[used][order] for end in (law.low, law.high))
+    ax.fill_between(x, low, high, color="C0", alpha=0.2, lw=0, label=f"{law.level:.0%} band")
+    shown = law.etas != 0
+    error = 100 * _half(law.psi) * law.stderr
+    _measured(ax, (law.etas / scale)[shown], 100 * law.ratio[shown], error[shown])
+    _hatch(ax, law, scale)
     ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
     ax.set_ylabel("measured over predicted, less 1 [%]")
     ax.legend(frameon=False)
     return ax
+
+
+def _half(psi: Tensor) -> float:
+    """Half a 95% interval in standard errors, Student's."""
+    return t_quantile(0.95, psi.shape[-1] - 1)
+
+
+def _hatch(ax, law: Linearity | None, scale: float) -> None:
+    """Hatches around each learning rate that was left out, halfway to its neighbours."""
+    if law is None:
+        return
+    order = law.etas.argsort().tolist()
+    x = (law.etas[order] / scale).tolist()
+    edges = [x[0], *((a + b) / 2 for a, b in zip(x[:-1], x[1:], strict=True)), x[-1]]
+    label = "not trusted"
+    for i, k in enumerate(order):
+        if law.excluded[k] and law.etas[k] != 0:
+            style = dict(facecolor="none", edgecolor="0.7", hatch="///", lw=0, zorder=0)
+            ax.axvspan(edges[i], edges[i + 1], label=label, **style)
+            label = None
 
 
 def _axes(ax):

@@ -223,7 +223,7 @@ def pareto_khat(logw):
     x = [float(value) - float(max(logw)) for value in logw]
     n = len(x)
     ordered = sorted(x)
-    cutoff = max(ordered[-math.ceil(min(n / 5, 3 * math.sqrt(n))) - 1], math.log(2.0**-1022))
+    cutoff = max(ordered[-math.floor(min(n / 5, 3 * math.sqrt(n))) - 1], math.log(2.0**-1022))
     tail = sorted(math.exp(value) - math.exp(cutoff) for value in x if value > cutoff)
     m = len(tail)
     if m <= 4:

@@ -168,8 +168,17 @@ def test_responses_of_another_policy_are_flagged(checkpoint, small):
         seed=0,
         sampling=fp.Sampling(2.0),
     )
-    flags = fp.probe(checkpoint, small[0], hot, [1e-6]).flags
-    assert any("not sampled from this policy" in flag for flag in flags)
+    plain = fp.probe(checkpoint, small[0], hot, [1e-6])
+    assert any("not sampled from this policy" in flag for flag in plain.flags)
+    weighed = fp.probe(checkpoint, small[0], hot, [1e-6], off_policy=True)
+    assert not any("sampled from this policy" in flag for flag in weighed.flags)
+    assert weighed.change.off_policy and weighed.about["off policy"]
+    score = fp.scorer(checkpoint.model, checkpoint.base)
+    scores = fp.evaluate(score, checkpoint.params, hot)
+    w = torch.where(hot.response, scores.logp - hot.old_logp, 0.0).sum(1).exp()
+    mean = (w * scores.entropy.sum(1)).sum() / (w * hot.response.sum(1)).sum()
+    assert float(weighed.change.base) == pytest.approx(float(mean), rel=1e-9)
+    assert float(plain.change.base) != pytest.approx(float(mean), rel=1e-3)
 
 
 def test_a_single_prompt_has_no_error_and_says_so(checkpoint, small):
@@ -199,6 +208,43 @@ def test_the_table_shows_every_eta_and_the_verdict(report):
     text = str(report)
     assert len([line for line in text.splitlines() if f"/{report.change.rows}" in line]) == 6
     assert "The line is within 10%" in text and "nats/token" in text
+    assert max(map(len, text.splitlines()[:9])) <= 115
+
+
+def test_the_report_states_how_far_the_line_holds(report):
+    law = fp.linearity(report.change, report.series)
+    data = report.to_dict()
+    assert data["linearity"]["holds"] == law.holds and data["linearity"]["verdict"] == law.verdict
+    assert data["linearity"]["fails"] == (None if law.fails == math.inf else law.fails)
+    for k, row in enumerate(data["etas"]):
+        assert row["excluded"] == law.excluded[k] and row["line"] == law.verdicts[k]
+        if not row["excluded"]:
+            assert row["over_line_band"] == [float(law.low[k]), float(law.high[k])]
+        assert row["kl"] == float(report.change.kl[k]) >= 0
+        z = row["mean_weight_z"]
+        assert z is None if row["eta"] == 0 else abs(z) < 4
+    assert report.verdict() == law.describe(report.lr, " lr") in str(report)
+
+
+def test_what_is_left_out_is_hatched_and_the_band_drawn(report):
+    import matplotlib.figure
+
+    change = report.change._replace(khat=torch.tensor([math.nan, 0.1, 0.1, 0.1, 0.1, 0.9]))
+    law = fp.linearity(change, report.series)
+    assert law.excluded[5].startswith("k-hat above")
+    left, right = matplotlib.figure.Figure().subplots(1, 2)
+    fp.plot(change, report.series, law, ax=left)
+    fp.plot_ratio(change, report.series, law, ax=right)
+    for ax in (left, right):
+        hatched = [patch for patch in ax.patches if patch.get_hatch()]
+        assert len(hatched) == 1
+        ends = hatched[0].get_x(), hatched[0].get_x() + hatched[0].get_width()
+        middle = float(change.etas[4] + change.etas[5]) / 2
+        assert ends == pytest.approx((middle, float(change.etas[5])))
+    names = [text.get_text() for text in right.get_legend().get_texts()]
+    assert {"within 10% of the line", "95% band", "not trusted", "measured"} <= set(names)
+    trusted = fp.plot(report.change, report.series, ax=matplotlib.figure.Figure().subplots())
+    assert not [patch for patch in trusted.patches if patch.get_hatch()]
 
 
 def test_plot_takes_axes_and_draws_points_line_and_band(report):

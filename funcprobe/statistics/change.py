@@ -1,109 +1,39 @@
-"""The entropy change by self-normalised importance sampling, its derivative, and their errors."""
+"""The change of entropy along a line by importance sampling, its derivatives, and their errors."""
 
-from typing import Literal, NamedTuple, Protocol
+import math
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import grad, jvp
 
-from .importance import effective_sample_size, log_weights, mean_weight, pareto_khat
-from .uncertainty import by_group, standard_error
+from .estimators import Per, Rows, Weights, base_sums, change_sums
+from .importance import (
+    effective_sample_size,
+    kl,
+    largest_share,
+    log_weights,
+    mean_weight,
+    mean_weight_z,
+    pareto_khat,
+    pareto_smooth,
+)
+from .reading import Scores, Swept, quantity, read
+from .results import Estimate, Series, polynomial
+from .uncertainty import by_group
 
-Per = Literal["token", "sequence"]
-Weights = Literal["sequence", "prefix"]
-
-
-class Scores(Protocol):
-    """Log-probability and entropy of response tokens, [..., N, R] nats."""
-
-    logp: Tensor
-    entropy: Tensor
-
-
-class Swept(Protocol):
-    """What `entropy_change` reads of a sweep."""
-
-    etas: Tensor
-    base: Scores
-    change: Scores
-
-
-class Rows(Protocol):
-    """What the estimators read of a batch."""
-
-    response: Tensor
-    group: Tensor
-
-
-class Estimate(NamedTuple):
-    """Changes of the entropy along a line, with influence values from which errors follow.
-
-    On the CPU, in float64.
-    """
-
-    etas: Tensor  # [K] float64
-    base: Tensor  # [] the entropy at params, nats per token or per sequence
-    value: Tensor  # [K] its change, in the same unit
-    psi: Tensor  # [K, G] influence values of the change by prompt; they sum to 0
-    base_psi: Tensor  # [G] influence values of the base
-    ess: Tensor  # [K] effective sample size of the sequence weights, 1..N
-    khat: Tensor  # [K] Pareto k-hat, nan where undefined (eta = 0)
-    mean_weight: Tensor  # [K] 1 in expectation if the rows came from the scored policy
-    weight_range: Tensor  # [K, 2] least and largest sequence weight
-    rows: int  # N
-    per: str  # "token" | "sequence"
-
-    @property
-    def stderr(self) -> Tensor:
-        """[K] standard errors of `value`, clustered by prompt; nan with a single prompt."""
-        return standard_error(self.psi)
-
-    @property
-    def base_stderr(self) -> Tensor:
-        """[] standard error of `base`."""
-        return standard_error(self.base_psi)
-
-    def __str__(self) -> str:
-        lines = [
-            f"dH = {float(value):+.3e} +- {float(error):.1e} nats/{self.per} at eta = "
-            f"{float(eta):.3g}, ESS {float(ess):.0f}/{self.rows}"
-            for eta, value, error, ess in zip(
-                self.etas, self.value, self.stderr, self.ess, strict=True
-            )
-        ]
-        if self.psi.shape[-1] < 2:
-            lines.append("no standard error: all rows share one prompt, the unit of resampling")
-        return "\n".join(lines)
-
-
-class Series(NamedTuple):
-    """Derivatives in eta at 0 of the very estimator that `entropy_change` computes; on the CPU."""
-
-    value: Tensor  # [M] orders 1..M, nats per token or per sequence, per unit of eta^m
-    psi: Tensor  # [M, G] their influence values by prompt
-
-    @property
-    def stderr(self) -> Tensor:
-        """[M] standard errors, clustered by prompt."""
-        return standard_error(self.psi)
-
-    def predict(self, etas: Tensor) -> Tensor:
-        """The Taylor polynomial of the change at `etas`, [K]."""
-        return _taylor(self.value, etas)
-
-    def predict_stderr(self, etas: Tensor) -> Tensor:
-        """[K] standard errors of `predict`, the orders' correlation included."""
-        return standard_error(_taylor(self.psi, etas))
-
-    def __str__(self) -> str:
-        return "\n".join(
-            f"d^{m}H/d eta^{m} = {float(value):+.4e} +- {float(error):.1e}"
-            for m, (value, error) in enumerate(zip(self.value, self.stderr, strict=True), start=1)
-        )
+_BLOCK = 2**19  # numbers of a sweep at a time: a few hundred MB with all that is made of them
 
 
 def entropy_change(
-    sweep: Swept, batch: Rows, *, weights: Weights = "sequence", per: Per = "token"
+    sweep: Swept,
+    batch: Rows,
+    *,
+    weights: Weights = "sequence",
+    per: Per = "token",
+    behaviour: Tensor | None = None,
+    control: Tensor | None = None,
+    clip: float | None = None,
+    smooth: bool = False,
 ) -> Estimate:
     r"""The change of entropy at each eta from rows drawn at the base policy, by SNIS.
 
@@ -125,8 +55,13 @@ def entropy_change(
     .. math:: \Delta H = \frac{\sum a (1 + r) \, dH + \sum a r (H - R)}{\sum T + \sum a r},
               \quad \text{per sequence } \frac{1}{N} \sum a [(1 + r) \, dH + r H].
 
-    Usually the smaller error; compare both on your own batch. ESS and k-hat are always those of
-    the sequence weights.
+    Usually the smaller error; compare both on your own batch. "prefix_raw" has ``r = omega - 1``:
+    per sequence it is unbiased. ESS and k-hat are always those of the sequence weights.
+
+    Scores with a field `value` instead of `entropy` give the change of that quantity, on the same
+    terms; prefix weights need it to depend on the prefix alone. One number a response (a reward)
+    stands in any one position, with ``per="sequence"``. ``weights="none"`` sets w = 1: the change
+    of a plain mean over a fixed set, such as its log-probability.
 
     Errors are from influence values (linearisation), clustered by prompt, and are conditional on
     the direction v. Owen, Monte Carlo theory (2013), 9.3; ESS is Kish's.
@@ -134,11 +69,23 @@ def entropy_change(
     Args:
         sweep: of a scorer over `batch`: base [N, R] and change [K, N, R] of logp and entropy.
         batch: gives response [N, R] and group [N].
-        weights: "sequence" (plain SNIS) or "prefix" (position-normalised).
+        weights: "sequence" (plain SNIS), "prefix" (position-normalised), "prefix_raw" or "none".
         per: "token" (ratio of sums) or "sequence" (mean of sums), in nats.
+        behaviour: [N, R] nats, log-probabilities under the policy that sampled the rows, where that
+            is not the scored one: each row gets the base weight ``exp(sum logp - behaviour)``,
+            self-normalised, in the base value, the change, the errors and all diagnostics.
+        control: [N, R] nats, a control variate for prefix weights: ``sum_k b_k (omega_{k+1} -
+            omega_k)``, of mean 0 if b_k is a function of the prefix alone, is subtracted from the
+            sum of entropies. Best is a guess of the entropy still to come after token k.
+        clip: sequence weights are cut to at most this. The estimate is then that of the policy
+            ``~ min(w, clip) pi_0``, pulled towards the base: `clipped` gives the fraction of rows,
+            `adjusted` the change of the estimate, which estimates the bias. Ionides (2008).
+        smooth: the largest sequence weights are replaced by a fitted Pareto's quantiles; see
+            `pareto_smooth`. Errors take them as given.
 
     Raises:
-        ValueError: the batch is not that of the sweep, or holds a token of probability 0.
+        ValueError: the batch is not that of the sweep, or holds a token of probability 0; options
+            that do not go with the weights.
 
     >>> import torch, types
     >>> score = lambda l, h: types.SimpleNamespace(logp=torch.tensor(l), entropy=torch.tensor(h))
@@ -148,159 +95,159 @@ def entropy_change(
     >>> print(entropy_change(sweep, rows))
     dH = +1.000e-01 +- 0.0e+00 nats/token at eta = 0.1, ESS 2/2
     """
-    response, group = _rows(batch, sweep.base.logp)
-    value, psi = _estimator(weights)(sweep.base, sweep.change, response, per)
-    logw = log_weights(sweep.change.logp, response)
-    total, centred, size = _base(sweep.base, response, per)
+    seen = read(sweep.base, batch, weights=weights, per=per, behaviour=behaviour)
+    _check_options(weights, control, clip, smooth)
+    control = _narrow(control, sweep.base.logp)
+
+    def adjust(logw: Tensor) -> Tensor:
+        total = logw + seen.behaviour
+        total = pareto_smooth(total) if smooth else total.clamp(max=math.log(clip))
+        return total - seen.behaviour
+
+    values, psis, moved = [], [], []
+    some = max(_BLOCK // seen.ground.response.numel(), 1)
+    for part in torch.arange(len(sweep.etas)).split(some):
+        arrays = sweep.change.logp[part], getattr(sweep.change, seen.quantity)[part]
+        plain = change_sums(seen.ground, *arrays, weights, control=control)
+        sums = plain
+        if smooth or clip is not None:
+            sums = change_sums(seen.ground, *arrays, weights, adjust=adjust)
+        values.append(sums.value())
+        psis.append(by_group(sums.influence(), seen.group))
+        moved.append(values[-1] - plain.value())
+    value, psi, moved = (torch.cat(column).cpu() for column in (values, psis, moved))
+
+    base = base_sums(seen.ground)
+    shift = log_weights(sweep.change.logp, seen.ground.response)
+    shift = torch.zeros_like(shift) if weights == "none" else shift
+    logw = shift + seen.behaviour
+    top = math.inf if clip is None else math.log(clip)
     return Estimate(
         etas=sweep.etas.cpu(),
-        base=total.cpu(),
-        value=value.cpu(),
-        psi=by_group(psi, group).cpu(),
-        base_psi=by_group(centred / size.sum(), group).cpu(),
+        base=(seen.ground.level + base.value()).cpu(),
+        value=value,
+        psi=psi,
+        base_psi=by_group(base.influence(), seen.group).cpu(),
         ess=effective_sample_size(logw).cpu(),
         khat=pareto_khat(logw.cpu()),
         mean_weight=mean_weight(logw).cpu(),
         weight_range=torch.stack([logw.amin(-1), logw.amax(-1)], -1).exp().cpu(),
-        rows=len(group),
+        rows=len(seen.group),
         per=per,
+        quantity=seen.quantity,
+        weights=weights,
+        mean_weight_z=mean_weight_z(logw, seen.group).cpu(),
+        spread=logw.std(-1, correction=0).cpu(),
+        largest_share=largest_share(logw).cpu(),
+        kl=kl(shift, seen.behaviour).cpu(),
+        clipped=(logw > top).double().mean(-1).cpu(),
+        adjusted=moved,
+        off_policy=behaviour is not None,
     )
 
 
 def entropy_series(
-    terms: tuple, batch: Rows, *, weights: Weights = "sequence", per: Per = "token"
+    terms: tuple,
+    batch: Rows,
+    *,
+    weights: Weights = "sequence",
+    per: Per = "token",
+    behaviour: Tensor | None = None,
+    control: Tensor | None = None,
 ) -> Series:
     r"""Derivatives at eta = 0 of the estimator of `entropy_change`, on the same rows, by jvp.
 
     Of first order per token ``(1 / sum T) sum_i [dh_i + (h_i - R T_i) S_i]``, S a row's summed
-    derivative of log-probability: the limit of ``Delta H(eta) / eta``, noise included.
+    derivative of log-probability: the limit of ``Delta H(eta) / eta``, noise included. With prefix
+    weights ``(1 / sum T) sum a [dH + (H - R) (c - mean c)]``, c the derivative summed over the
+    tokens before, its mean over all rows.
 
     Args:
         terms: from `taylor`: the scores and their derivatives, orders 0..M.
         batch: gives response [N, R] and group [N].
-        weights, per: those of the estimator.
+        weights, per, behaviour, control: those of the estimator. Clipping and smoothing do not
+            change derivatives at 0.
 
     Raises:
         ValueError: as `entropy_change`.
     """
-    estimator = _estimator(weights)
-    response, group = _rows(batch, terms[0].logp)
     base, *derivatives = terms
+    seen = read(base, batch, weights=weights, per=per, behaviour=behaviour)
+    _check_options(weights, control)
+    control = _narrow(control, base.logp)
     logp = torch.stack([d.logp.double() for d in derivatives])
-    entropy = torch.stack([d.entropy.double() for d in derivatives])
+    x = torch.stack([getattr(d, seen.quantity).double() for d in derivatives])
 
     def at(t: Tensor):
-        change = type(base)(_taylor(logp, t), _taylor(entropy, t))
-        return estimator(base, change, response, per)
+        arrays = polynomial(logp, t), polynomial(x, t)
+        sums = change_sums(seen.ground, *arrays, weights, control=control)
+        return sums.value(), sums.influence()
 
     orders = _nested(at, len(derivatives), logp.new_zeros(()))
     return Series(
         torch.stack([value for value, _ in orders]).cpu(),
-        torch.stack([by_group(psi, group) for _, psi in orders]).cpu(),
+        torch.stack([by_group(psi, seen.group) for _, psi in orders]).cpu(),
+        per=per,
+        quantity=seen.quantity,
+        weights=weights,
     )
 
 
-def _base(base: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor, Tensor]:
-    """The ratio R [], and by row ``h - R T`` [N] and T [N]."""
-    if per not in ("token", "sequence"):
-        raise ValueError(f"per must be 'token' or 'sequence', not {per!r}.")
-    h = torch.where(response, base.entropy.double(), 0.0).sum(-1)
-    size = response.sum(-1).double() if per == "token" else torch.ones_like(h)
-    ratio = h.sum() / size.sum()
-    return ratio, h - ratio * size, size
+def entropy_covector(
+    scores: Scores,
+    batch: Rows,
+    *,
+    weights: Weights = "sequence",
+    per: Per = "token",
+    behaviour: Tensor | None = None,
+    control: Tensor | None = None,
+) -> Scores:
+    r"""The gradient of the estimate in the scores at eta = 0: ``slope = <covector, d scores>``.
+
+    Per token with sequence weights ``1 / sum T`` for the entropy and ``(h_i - R T_i) / sum T`` for
+    each log-probability; with prefix weights that of the entropy still to come, centred over rows.
+    Pulled back through the scorer it is the gradient of the entropy in the parameters, the change
+    of the sampling distribution included.
+
+    Args:
+        scores: from `evaluate` at the base policy, arrays [N, R].
+        batch, weights, per, behaviour, control: as for `entropy_series`.
+
+    Returns:
+        The same type as `scores`, arrays [N, R] of its dtype, on its device; 0 off the response.
+    """
+    seen = read(scores, batch, weights=weights, per=per, behaviour=behaviour)
+    _check_options(weights, control)
+    control = _narrow(control, scores.logp)
+
+    def estimate(arrays):
+        return change_sums(seen.ground, *arrays, weights, control=control).value()
+
+    zero = torch.zeros_like(scores.logp, dtype=torch.float64)
+    parts = dict(zip(("logp", quantity(scores)), grad(estimate)((zero, zero)), strict=True))
+    return type(scores)(**{name: part.to(scores.logp.dtype) for name, part in parts.items()})
 
 
-def _estimator(weights: Weights):
-    if weights not in ("sequence", "prefix"):
-        raise ValueError(f"weights must be 'sequence' or 'prefix', not {weights!r}.")
-    return _by_sequence if weights == "sequence" else _by_prefix
-
-
-def _by_sequence(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor]:
-    """The change [...] and its influence values by row [..., N], over n."""
-    _, centred, size = _base(base, response, per)
-    dh = torch.where(response, change.entropy.double(), 0.0).sum(-1)
-    w, e = _scaled_weights(log_weights(change.logp, response))
-    norm = (w * size).sum(-1, keepdim=True)
-    value = ((w * dh + e * centred).sum(-1, keepdim=True)) / norm
-    tilt = (e * size).sum(-1, keepdim=True) / size.sum()
-    psi = (e * centred + w * (dh - value * size) - centred * tilt) / norm
-    return value.squeeze(-1), psi
-
-
-def _by_prefix(base: Scores, change: Scores, response: Tensor, per: Per) -> tuple[Tensor, Tensor]:
-    """The same with prefix weights; the influence values see their normalisation as estimated."""
-    ratio, centred, size = _base(base, response, per)
-    per_token = per == "token"
-    r, rho = _prefix_weights(torch.where(response, change.logp.double(), 0.0))
-    dh = torch.where(response, change.entropy.double(), 0.0)
-    u = torch.where(response, base.entropy.double() - (ratio if per_token else 0.0), 0.0)
-    moved = torch.where(response, r * u + rho * dh, 0.0)
-    tilt = torch.where(response, r, 0.0).sum((-2, -1), keepdim=True) if per_token else 0.0
-    norm = size.sum() + tilt  # n per sequence
-    value = moved.sum((-2, -1), keepdim=True) / norm
-    if per_token:
-        moved = moved - torch.where(response, rho * value, 0.0)
-    drift = moved - r * u.mean(-2, keepdim=True) - rho * moved.mean(-2, keepdim=True)
-    psi = drift.sum(-1, keepdim=True) - centred.unsqueeze(-1) * tilt / size.sum()
-    return value.squeeze((-2, -1)), (psi / norm).squeeze(-1)
-
-
-def _prefix_weights(logp: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalised weights of the tokens before each, less 1 and as they are, [..., N, R]."""
-    before = logp.cumsum(-1) - logp
-    largest = before.amax(-2, keepdim=True).detach()
-    rho = (before - largest).exp()
-    rho = rho / rho.mean(-2, keepdim=True)
-    # expm1 is exact at small changes; far from them nothing cancels.
-    far = (largest > 30) | (largest < -1)
-    f = torch.expm1(before.clamp(max=30))
-    mean = f.mean(-2, keepdim=True)
-    r = torch.where(far, rho - 1, (f - mean) / torch.where(far, 1.0, 1 + mean))
-    return r, torch.where(far, rho, 1 + r)
-
-
-def _scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
-    """w and w - 1, both over the largest weight if that exceeds 1, so that neither overflows."""
-    largest = logw.amax(-1, keepdim=True).detach()
-    # Where all are tiny they would underflow: w is scaled up, and the 1 of w - 1 dropped, since a
-    # constant in e cancels from the change and from psi.
-    tiny = largest < -30
-    c = torch.where(tiny, largest, largest.clamp(min=0))
-    w = (logw - c).exp()
-    one = (-c.clamp(min=0)).exp()
-    # expm1 is exact at small changes; where it would overflow the one is below rounding.
-    e = torch.where(logw > 30, w - one, one * torch.expm1(logw.clamp(max=30)))
-    return w, torch.where(tiny, w, e)
-
-
-def _rows(batch: Rows, logp: Tensor) -> tuple[Tensor, Tensor]:
-    response, width = batch.response, logp.shape[-1]
-    if response[:, width:].any() or response[:, :width].shape != logp.shape[-2:]:
+def _check_options(weights: str, control, clip: float | None = None, smooth: bool = False) -> None:
+    if control is not None and not weights.startswith("prefix"):
         raise ValueError(
-            f"the batch has responses {list(batch.response.shape)} but the scores are "
-            f"{list(logp.shape)}: they belong to another batch, or join() lacked its order."
+            f"control: a control variate belongs to prefix weights, these are {weights!r}. "
+            "Use weights='prefix' or 'prefix_raw', or leave control= out."
         )
-    response = response[:, :width].to(logp.device)
-    impossible = ((logp == -torch.inf) & response).any(-1).nonzero().flatten().tolist()
-    if impossible:
+    if (clip is not None or smooth) and weights != "sequence":
         raise ValueError(
-            f"the scored policy cannot produce tokens of {len(impossible)} rows, "
-            f"{impossible[:5]}: they lie outside its nucleus. The responses were sampled with "
-            "another top_p, temperature or model than they are scored with."
+            f"clip and smooth act on sequence weights, these are {weights!r}. "
+            "Use weights='sequence', or leave them out."
         )
-    return response, batch.group.to(logp.device)
+    if clip is not None and (smooth or not clip > 0):
+        raise ValueError(
+            f"clip: a positive weight was expected, without smooth, not clip={clip}, "
+            f"smooth={smooth}. Choose one of the two."
+        )
 
 
-def _taylor(derivatives: Tensor, t: Tensor) -> Tensor:
-    """``sum_m t^m / m! d_m``, [*t, ...] from d [M, ...], without the constant."""
-    t = torch.as_tensor(t, dtype=torch.float64).to(derivatives.device)
-    t = t.reshape(*t.shape, *[1] * (derivatives.ndim - 1))
-    total, factor = 0.0, 1.0
-    for m, d in enumerate(derivatives, start=1):
-        factor = factor * t / m
-        total = total + factor * d
-    return total
+def _narrow(control: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if control is None else control[:, : like.shape[-1]].to(like.device)
 
 
 def _nested(fn, order: int, t: Tensor) -> list:

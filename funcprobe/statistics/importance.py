@@ -1,9 +1,12 @@
 """Importance weights of sequences drawn at the base policy, and what they say of themselves."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from .uncertainty import by_group, standard_error
 
 
 def log_weights(change: Tensor, response: Tensor) -> Tensor:
@@ -26,37 +29,113 @@ def mean_weight(logw: Tensor) -> Tensor:
     return (logw.logsumexp(-1) - math.log(logw.shape[-1])).exp()
 
 
+def mean_weight_z(logw: Tensor, group: Tensor) -> Tensor:
+    """``(mean(w) - 1) / stderr``, [...], the error clustered by prompt; nan where all w are 1.
+
+    A test that the rows came from the scored policy, and at small changes only: where the log
+    weights spread by 0.3, 1, 2 and 3, |z| > 4 in 0.07%, 1.1%, 14% and 46% of correct batches of 48.
+    """
+    e = torch.expm1(logw.clamp(max=30))
+    mean = e.mean(-1)
+    psi = by_group((e - mean.unsqueeze(-1)) / e.shape[-1], group)
+    return mean / standard_error(psi)
+
+
+def largest_share(logw: Tensor) -> Tensor:
+    """The largest weight over the sum of all, [...] between 1 / N and 1."""
+    return (logw.amax(-1) - logw.logsumexp(-1)).exp()
+
+
+def kl(logw: Tensor, logb: Tensor | None = None) -> Tensor:
+    """``KL(pi_0 || pi_eta)`` per sequence, [...] nats, from log weights [..., N].
+
+    ``log mean(w) - mean(log w)``: minus the mean log weight with w self-normalised, equal to the
+    mean of ``w - 1 - log w`` with those w. Never negative; bias O(1 / N), downwards.
+
+    Args:
+        logw: log weights of the shifted policy over the base.
+        logb: [N] log base weights, of the base policy over the one that sampled the rows.
+    """
+    share = torch.full_like(logw[..., :1], 1 / logw.shape[-1])
+    share = share.expand_as(logw) if logb is None else logb.softmax(-1).expand_as(logw)
+    centred = logw - (share * logw).sum(-1, keepdim=True)
+    # expm1 keeps small changes exact; the centred values' own mean is rounding.
+    small = torch.log1p((share * torch.expm1(centred.clamp(max=30))).sum(-1))
+    large = (centred + share.log()).logsumexp(-1)
+    return torch.where(centred.amax(-1) > 30, large, small)
+
+
+def khat_limit(rows: int) -> float:
+    """``min(1 - 1 / log10 N, 0.7)``: above it the estimate is not to be trusted; nan for N <= 10.
+
+    Vehtari et al., arXiv 1507.02646.
+    """
+    return min(1 - 1 / math.log10(rows), 0.7) if rows > 10 else math.nan
+
+
 def pareto_khat(logw: Tensor) -> Tensor:
     """The shape of a generalised Pareto fitted to the largest weights, [...] from [..., N].
 
     Above ``min(1 - 1 / log10 N, 0.7)`` the error bars of an importance-sampling mean cannot be
-    trusted. The tail is the ``min(N / 5, 3 sqrt N)`` largest weights; nan where it is not defined:
-    equal weights (eta = 0) or fewer than 5 in the tail.
+    trusted. The tail is the ``min(N / 5, 3 sqrt N)`` largest weights, rounded down; nan where it is
+    not defined: equal weights (eta = 0) or fewer than 5 in the tail.
 
     Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646; the fit is Zhang and Stephens 2009
-    with the prior of the former, as ArviZ computes it.
+    with the prior of the former, as ArviZ (arviz_stats 0.8) computes it.
     """
+    return _each_row(lambda x: _fit(x)[0], logw)
+
+
+def pareto_smooth(logw: Tensor) -> Tensor:
+    """Log weights [..., N] whose largest are replaced by the fitted Pareto's expected quantiles.
+
+    The j-th smallest of the M in the tail becomes its quantile at ``(j - 1/2) / M``, at most the
+    largest weight as it was. A smaller variance for a bias that vanishes with N where k-hat < 0.7.
+    As they are where the fit is undefined. Vehtari et al., arXiv 1507.02646, section 2.
+    """
+    return _each_row(_smooth, logw)
+
+
+def _each_row(fn: Callable[[Tensor], Tensor], logw: Tensor) -> Tensor:
     flat = logw.double().reshape(-1, logw.shape[-1])
-    return torch.stack([_khat(row) for row in flat]).reshape(logw.shape[:-1])
+    out = torch.stack([fn(row) for row in flat])
+    return out.reshape((*logw.shape[:-1], *out.shape[1:]))
 
 
-def _khat(logw: Tensor) -> Tensor:
+def _fit(logw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k-hat, the scale over the cutoff's weight, log cutoff less the largest, and the tail's rows.
+
+    The rows ascend by weight; k-hat is nan where nothing can be fitted.
+    """
     n = len(logw)
-    x = (logw - logw.max()).sort().values
-    size = math.ceil(min(n / 5, 3 * math.sqrt(n)))
+    x = logw - logw.max()
+    ordered, order = x.sort()
+    size = math.floor(min(n / 5, 3 * math.sqrt(n)))
     undefined = torch.tensor(torch.nan, dtype=torch.float64, device=logw.device)
-    if size >= n:
-        return undefined
-    cutoff = x[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
-    tail = x[x > cutoff]
+    cutoff = ordered[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
+    tail = order[-size:] if size else order[:0]
+    # Draws equal to the cutoff stay, unless they are so many that the fit's scale would be 0.
+    if len(tail) and ordered[-size + int(size / 4 + 0.5) - 1] <= cutoff:
+        tail = order[ordered > cutoff]
     if len(tail) <= 4:
-        return undefined
-    # e^x - e^cutoff, without cancellation where the weights are nearly equal.
-    return _pareto_shape(cutoff.exp() * torch.expm1(tail - cutoff))
+        return undefined, undefined, cutoff, tail
+    # e^x / e^cutoff - 1, without cancellation where the weights are nearly equal.
+    k, scale = _pareto(torch.expm1(x[tail] - cutoff).clamp(min=0))
+    return k, scale, cutoff, tail
 
 
-def _pareto_shape(x: Tensor) -> Tensor:
-    """Zhang and Stephens' estimate of k for ascending exceedances [M], shrunk towards 1/2."""
+def _smooth(logw: Tensor) -> Tensor:
+    k, scale, cutoff, tail = _fit(logw)
+    if not k.isfinite():
+        return logw
+    p = (torch.arange(len(tail), dtype=logw.dtype, device=logw.device) + 0.5) / len(tail)
+    quantile = scale * torch.expm1(-k * torch.log1p(-p)) / k
+    smoothed = (cutoff + torch.log1p(quantile)).clamp(max=0)
+    return logw.index_copy(0, tail, smoothed + logw.max())
+
+
+def _pareto(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Zhang and Stephens' k and scale for ascending exceedances [M], k shrunk towards 1/2."""
     n, prior_scale, prior_count = len(x), 3.0, 10.0
     m = 30 + math.isqrt(n)
     grid = torch.arange(1, m + 1, dtype=x.dtype, device=x.device)
@@ -68,4 +147,4 @@ def _pareto_shape(x: Tensor) -> Tensor:
     weight = torch.where(weight >= 10 * torch.finfo(x.dtype).eps, weight, 0.0)
     mean = (b * weight / weight.sum()).sum()
     shape = torch.log1p(-mean * x).mean()
-    return (n * shape + prior_count * 0.5) / (n + prior_count)
+    return (n * shape + prior_count * 0.5) / (n + prior_count), -shape / mean

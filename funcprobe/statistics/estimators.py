@@ -1,0 +1,188 @@
+r"""The estimators as functions of sums over rows, from which values and errors follow alike.
+
+Each is ``T(sum_i m_i x_i)``: x_i what row i adds to each sum, m_i the row's weight, T a smooth
+function that does not change when all sums are scaled. With m = 1 it is the estimate; with counts
+drawn over prompts a bootstrap draw, with one prompt's at 0 a jackknife's, with base weights that of
+rows from another policy. Its derivative in m_i is the influence value
+``psi_i = m_i <grad T, x_i>``, and these sum to 0 (Euler). Arrays in, arrays out, float64.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from .importance import log_weights
+
+Per = Literal["token", "sequence"]
+Weights = Literal["sequence", "prefix", "prefix_raw", "none"]
+
+WEIGHTS = ("sequence", "prefix", "prefix_raw", "none")
+
+
+class Rows(Protocol):
+    """What the estimators read of a batch."""
+
+    response: Tensor
+    group: Tensor
+
+
+class Sums(NamedTuple):
+    """An estimate as a function of sums over rows."""
+
+    terms: Tensor  # [..., N, F] what each row adds to each of F sums
+    combine: Callable[[Tensor], Tensor]  # sums [..., F] -> estimate [...]
+
+    def value(self) -> Tensor:
+        """The estimate, [...]."""
+        return self.combine(self.terms.sum(-2))
+
+    def influence(self, sums: Tensor | None = None) -> Tensor:
+        """Influence values by row, over n, [..., N]; the gradient taken at other sums if given."""
+        at = self.terms.sum(-2) if sums is None else sums
+        slope = grad(lambda s: self.combine(s).sum())(at)
+        return (self.terms * slope.unsqueeze(-2)).sum(-1)
+
+
+class Ground(NamedTuple):
+    """What does not depend on eta: the rows at the base policy."""
+
+    response: Tensor  # [N, R] bool
+    x: Tensor  # [N, R] the quantity, 0 off the response
+    size: Tensor  # [N] response length, or 1 per sequence
+    level: Tensor  # [] its ratio of sums; subtracting it changes no change, and nothing cancels
+    weight: Tensor  # [N] base weights over the largest, 1 on policy
+    per: str
+
+
+def ground(x: Tensor, response: Tensor, per: Per, behaviour: Tensor | None = None) -> Ground:
+    """The rows at the base policy, from x [N, R] and log base weights [N]."""
+    if per not in ("token", "sequence"):
+        raise ValueError(f"per must be 'token' or 'sequence', not {per!r}.")
+    x = torch.where(response, x.double(), 0.0)
+    size = response.sum(-1).double() if per == "token" else torch.ones_like(x[:, 0])
+    weight = torch.ones_like(size) if behaviour is None else (behaviour - behaviour.max()).exp()
+    level = (weight * x.sum(-1)).sum() / (weight * size).sum()
+    return Ground(response, x, size, level, weight, per)
+
+
+def base_sums(g: Ground) -> Sums:
+    """The estimate at the base policy, less its level: ``sum (x - level T) / sum T``."""
+    terms = torch.stack([g.x.sum(-1) - g.level * g.size, g.size], -1)
+    return Sums(terms * g.weight.unsqueeze(-1), lambda s: s[..., 0] / s[..., 1])
+
+
+def change_sums(
+    g: Ground,
+    logp: Tensor,
+    dx: Tensor,
+    weights: Weights,
+    *,
+    adjust: Callable[[Tensor], Tensor] | None = None,
+    control: Tensor | None = None,
+) -> Sums:
+    """The change of the estimate, from changes [..., N, R] of log-probability and of x.
+
+    Args:
+        g: the rows at the base policy.
+        logp, dx: changes, anything off the response.
+        weights: see `entropy_change`.
+        adjust: maps log sequence weights [..., N], to clip or smooth them.
+        control: [N, R] coefficients of the control variate of prefix weights.
+    """
+    logp = torch.where(g.response, logp.double(), 0.0)
+    dx = torch.where(g.response, dx.double(), 0.0)
+    if weights in ("prefix", "prefix_raw"):
+        return _by_prefix(g, logp, dx, weights == "prefix", control)
+    logw = torch.zeros_like(logp[..., 0]) if weights == "none" else log_weights(logp, g.response)
+    return _by_sequence(g, adjust(logw) if adjust else logw, dx.sum(-1))
+
+
+def check_weights(weights: str) -> None:
+    """Refuses unknown weights by name."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}.")
+
+
+def _by_sequence(g: Ground, logw: Tensor, dx: Tensor) -> Sums:
+    """``[sum w dx + sum e (x - R T)] / sum w T`` with w = 1 + e."""
+    w, e = scaled_weights(logw)
+    h = g.x.sum(-1) - g.level * g.size
+    terms = [g.size, h, w * g.size, e * g.size, w * dx + e * h]
+
+    def combine(s: Tensor) -> Tensor:
+        size, h, norm, tilt, moved = s.unbind(-1)
+        return (moved - h / size * tilt) / norm
+
+    return Sums(_stacked(terms, g.weight), combine)
+
+
+def _by_prefix(
+    g: Ground, logp: Tensor, dx: Tensor, normalised: bool, control: Tensor | None
+) -> Sums:
+    """``sum a [(1 + r) dx + r (x - R)]`` over ``sum T + sum a r``, r from sums at each position."""
+    per_token = g.per == "token"
+    alive = g.response.double()
+    r, rho = prefix_weights(logp, normalised)
+    u = alive * (g.x - g.level) if per_token else g.x
+    moved = rho * dx + r * u
+    if control is not None:
+        b = torch.where(g.response, control.double(), 0.0)
+        moved = moved - b * rho * torch.expm1(logp)
+    ones, zero = torch.ones_like(g.size), torch.zeros_like(moved)
+    by_position = [r if normalised else zero, moved, alive * r, u, alive]
+    if not normalised:
+        by_position = [part.sum(-1, keepdim=True) for part in by_position]
+    rows = torch.stack([ones, g.size, u.sum(-1)], -1)
+    shape = moved.shape[:-1]
+    terms = torch.cat([x.expand(*shape, x.shape[-1]) for x in (rows, *by_position)], -1)
+    width = by_position[0].shape[-1]
+
+    def combine(s: Tensor) -> Tensor:
+        n, size, h = s[..., :1], s[..., 1], s[..., 2]
+        drift, moved, extra, u, alive = s[..., 3:].split(width, -1)
+        mean = drift / n
+        top = ((moved - mean * u) / (1 + mean)).sum(-1)
+        if not per_token:
+            return top / n.squeeze(-1)
+        tilt = ((extra - mean * alive) / (1 + mean)).sum(-1)
+        return (top - h / size * tilt) / (size + tilt)
+
+    return Sums(terms * g.weight.unsqueeze(-1), combine)
+
+
+def scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
+    """w and w - 1, both over the largest weight if that exceeds 1, so that neither overflows."""
+    largest = logw.amax(-1, keepdim=True).detach()
+    # Where all are tiny they would underflow: w is scaled up, and the 1 of w - 1 dropped, since a
+    # constant in e cancels from the change and from psi.
+    tiny = largest < -30
+    c = torch.where(tiny, largest, largest.clamp(min=0))
+    w = (logw - c).exp()
+    one = (-c.clamp(min=0)).exp()
+    # expm1 is exact at small changes; where it would overflow the one is below rounding.
+    e = torch.where(logw > 30, w - one, one * torch.expm1(logw.clamp(max=30)))
+    return w, torch.where(tiny, w, e)
+
+
+def prefix_weights(logp: Tensor, normalised: bool = True) -> tuple[Tensor, Tensor]:
+    """Weights of the tokens before each, less 1 and as they are, [..., N, R]; over their mean."""
+    before = logp.cumsum(-1) - logp
+    if not normalised:
+        f = torch.expm1(before)
+        return f, 1 + f
+    largest = before.amax(-2, keepdim=True).detach()
+    rho = (before - largest).exp()
+    rho = rho / rho.mean(-2, keepdim=True)
+    # expm1 is exact at small changes; far from them nothing cancels.
+    far = (largest > 30) | (largest < -1)
+    f = torch.expm1(before.clamp(max=30))
+    mean = f.mean(-2, keepdim=True)
+    r = torch.where(far, rho - 1, (f - mean) / torch.where(far, 1.0, 1 + mean))
+    return r, torch.where(far, rho, 1 + r)
+
+
+def _stacked(terms: list[Tensor], weight: Tensor) -> Tensor:
+    return torch.stack(torch.broadcast_tensors(*terms), -1) * weight.unsqueeze(-1)

@@ -1,0 +1,139 @@
+"""Identities of the estimators for any scores, by hypothesis."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_laws import SEEDS
+
+import funcprobe as fp
+
+PER = st.sampled_from(["token", "sequence"])
+WEIGHTS = st.sampled_from(["sequence", "prefix", "prefix_raw", "none"])
+CLOSE = dict(rtol=1e-8, atol=1e-11)
+
+
+def drawn(seed, *, n=None, width=None, size=0.5):
+    """A sweep of one eta over ragged rows, at least one token each."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    n, width = n or number(6, 40), width or number(1, 6)
+    length = torch.randint(1, width + 1, (n, 1), generator=generator)
+    response = torch.arange(width) < length
+    group = torch.randint(0, max(n // 3, 2), (n,), generator=generator)
+    group[:2] = torch.arange(2)
+
+    def draw(scale):
+        x = scale * torch.randn(n, width, generator=generator, dtype=torch.float64)
+        return torch.where(response, x, 0.0)
+
+    base, change = fp.Scores(draw(1.0), draw(1.0)), fp.Scores(draw(size)[None], draw(size)[None])
+    etas = torch.ones(1, dtype=torch.float64)
+    sweep = SimpleNamespace(etas=etas, base=base, change=change)
+    return sweep, SimpleNamespace(response=response, group=group)
+
+
+def taken(sweep, rows, index):
+    return (
+        SimpleNamespace(
+            etas=sweep.etas,
+            base=fp.Scores(*(x[index] for x in sweep.base)),
+            change=fp.Scores(*(x[:, index] for x in sweep.change)),
+        ),
+        SimpleNamespace(response=rows.response[index], group=rows.group[index]),
+    )
+
+
+def same(a, b, *names):
+    for name in names:
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), equal_nan=True, **CLOSE)
+
+
+@given(SEEDS, WEIGHTS, PER)
+def test_the_order_of_rows_is_nothing(seed, weights, per):
+    sweep, rows = drawn(seed)
+    order = torch.randperm(len(rows.group), generator=torch.Generator().manual_seed(seed))
+    a = fp.entropy_change(sweep, rows, weights=weights, per=per)
+    b = fp.entropy_change(*taken(sweep, rows, order), weights=weights, per=per)
+    same(a, b, "base", "value", "psi", "ess", "khat", "kl", "mean_weight")
+
+
+@given(SEEDS, WEIGHTS, PER, st.integers(2, 4))
+def test_rows_repeated_within_their_prompts_are_nothing(seed, weights, per, times):
+    sweep, rows = drawn(seed)
+    index = torch.arange(len(rows.group)).repeat(times)
+    a = fp.entropy_change(sweep, rows, weights=weights, per=per)
+    b = fp.entropy_change(*taken(sweep, rows, index), weights=weights, per=per)
+    same(a, b, "base", "value", "psi", "base_psi", "kl", "mean_weight")
+    torch.testing.assert_close(b.ess, times * a.ess, **CLOSE)
+
+
+@given(SEEDS, st.floats(0.0, 300.0))
+def test_the_effective_sample_size_lies_between_1_and_n(seed, size):
+    sweep, rows = drawn(seed, size=size)
+    out = fp.entropy_change(sweep, rows)
+    n = len(rows.group)
+    assert 1 - 1e-9 <= float(out.ess[0]) <= n + 1e-9
+    assert 1 / n - 1e-9 <= float(out.largest_share[0]) <= 1 + 1e-9
+    assert float(out.kl[0]) >= -1e-12
+
+
+@given(SEEDS, WEIGHTS, PER)
+def test_no_step_is_no_change(seed, weights, per):
+    sweep, rows = drawn(seed, size=0.0)
+    out = fp.entropy_change(sweep, rows, weights=weights, per=per)
+    assert float(out.value[0]) == 0 and (out.psi == 0).all() and float(out.stderr[0]) == 0
+    assert out.khat.isnan().all() and float(out.kl[0]) == 0
+    boot = fp.bootstrap(sweep, rows, weights=weights, per=per, draws=20)
+    assert float(boot.low[0]) == 0 == float(boot.high[0])
+    series = fp.entropy_series(
+        (sweep.base, fp.Scores(*(x[0] for x in sweep.change))), rows, weights=weights, per=per
+    )
+    law = fp.linearity(out, series)
+    assert law.verdict == "inconclusive" and law.eta_max[0] == 0
+
+
+@given(SEEDS, PER)
+def test_responses_of_one_token_need_no_weights_by_prefix(seed, per):
+    sweep, rows = drawn(seed, width=1)
+    plain = fp.entropy_change(sweep, rows, weights="none", per=per)
+    for weights in ("prefix", "prefix_raw"):
+        same(fp.entropy_change(sweep, rows, weights=weights, per=per), plain, "value", "psi")
+    torch.testing.assert_close(plain.value[0], sweep.change.entropy.mean(), **CLOSE)
+
+
+@given(SEEDS, PER, st.floats(-500, 500))
+def test_a_constant_in_every_log_weight_is_nothing(seed, per, constant):
+    sweep, rows = drawn(seed)
+    logp = sweep.change.logp.clone()
+    logp[:, :, 0] += constant
+    moved = SimpleNamespace(
+        etas=sweep.etas, base=sweep.base, change=fp.Scores(logp, sweep.change.entropy)
+    )
+    a, b = (fp.entropy_change(s, rows, per=per) for s in (sweep, moved))
+    same(a, b, "value", "psi", "ess", "khat", "kl", "largest_share")
+
+
+@given(SEEDS, st.sampled_from(["sequence", "prefix", "prefix_raw"]), st.floats(-5, 5))
+def test_a_constant_in_every_entropy_moves_the_base_alone(seed, weights, constant):
+    sweep, rows = drawn(seed)
+    entropy = sweep.base.entropy + constant * rows.response.double()
+    moved = SimpleNamespace(
+        etas=sweep.etas, base=fp.Scores(sweep.base.logp, entropy), change=sweep.change
+    )
+    a, b = (fp.entropy_change(s, rows, weights=weights) for s in (sweep, moved))
+    same(a, b, "value", "psi")
+    assert float(b.base - a.base) == pytest.approx(constant, abs=1e-9)
+
+
+@given(SEEDS, WEIGHTS, PER)
+def test_influences_sum_to_zero(seed, weights, per):
+    sweep, rows = drawn(seed)
+    out = fp.entropy_change(sweep, rows, weights=weights, per=per)
+    assert float(out.psi.sum().abs()) < 1e-12 * (1 + float(out.psi.abs().sum()))
+    assert float(out.base_psi.sum().abs()) < 1e-12 * (1 + float(out.base_psi.abs().sum()))
