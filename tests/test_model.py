@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import funcprobe as fp
+from funcprobe.language import attention
 
 LOWER = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,7 +29,9 @@ def reference_logits(module, batch):
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_hidden_states_are_bit_identical_to_the_modules_own(family):
-    module = cases.live(family)
+    """With the attention that the skeleton has."""
+    attention.register()
+    module = cases.live(family, attention=attention.NAME)
     model, params, base = fp.split(module)
     batch = cases.batch()
     with torch.no_grad():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from . import attention
 from .batch import Batch, collate
 from .float64 import Float64, rotary_frequencies
 from .skeleton import make_skeleton, refuse, restore_forward, set_attention, unwrap
@@ -25,7 +26,7 @@ class Model:
     """
 
     skeleton: nn.Module  # the whole unwrapped module, on meta, in eval mode, without hooks
-    attention: str | None  # the attention implementation the caller's module ran with
+    implementation: str | None  # of attention, that the caller's module ran with
     float64: bool  # computes in float64 throughout
     vocabulary: int  # V
     _body: nn.Module
@@ -135,7 +136,7 @@ def assemble(model: Model, params: Params, base: Params) -> nn.Module:
         memo[id(twin)] = tensors[name].detach()
     module = copy.deepcopy(model.skeleton, memo)
     restore_forward(module)
-    set_attention(module, model.attention)
+    set_attention(module, model.implementation)
     return module
 
 
@@ -164,7 +165,7 @@ class _Passed(nn.Module):
 
 
 def _model(
-    skeleton: nn.Module, twins: dict[int, str], attention: str | None, float64: bool
+    skeleton: nn.Module, twins: dict[int, str], implementation: str | None, float64: bool
 ) -> Model:
     causal = skeleton.get_base_model() if isinstance(skeleton, PeftModel) else skeleton
     prefix = getattr(causal, "base_model_prefix", "")
@@ -180,7 +181,7 @@ def _model(
     names = _tensor_names(skeleton, twins)
     return Model(
         skeleton,
-        attention,
+        implementation,
         float64,
         vocabulary,
         _Body(skeleton, decoder),
@@ -216,6 +217,8 @@ def _self_check(model: Model, params: Params, base: Params) -> None:
     device = next(iter(params.values())).device
     batch = collate([[1, 2, 3]], [[2, 1, 3]]).to(device)
     with torch.no_grad():
+        attends = logits(model, params, base, batch)
+        set_attention(model.skeleton, "eager")
         ours = logits(model, params, base, batch)
         with model.precision():
             whole = functional_call(
@@ -233,6 +236,10 @@ def _self_check(model: Model, params: Params, base: Params) -> None:
                 f"{type(model.skeleton).__name__} computes something between its decoder and head "
                 "that this library does not see. Please report the architecture."
             )
+        # `attend` where it is the model's own attention, else that.
+        rounding = max(torch.finfo(t.dtype).eps for t in base.values() if t.is_floating_point())
+        if torch.allclose(attends, ours, rtol=0.0, atol=1e2 * rounding * float(scale)):
+            set_attention(model.skeleton, attention.NAME)
         _check_derivative(model, params, base, batch)
 
 

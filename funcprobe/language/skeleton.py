@@ -10,6 +10,8 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from . import attention
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -90,7 +92,7 @@ def refuse(module: nn.Module) -> None:
 def make_skeleton(module: nn.Module) -> tuple[nn.Module, dict[int, str]]:
     """A copy on meta without hooks, and the name behind each of its tensors' ids.
 
-    It attends eagerly, whose every operation has a derivative and a rule.
+    It attends by `attend`, whose every operation has a derivative and a rule.
     """
     memo, twins = {}, {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -116,7 +118,8 @@ def make_skeleton(module: nn.Module) -> tuple[nn.Module, dict[int, str]]:
             part.warn_if_padding_and_no_attention_mask = _say_nothing
         if _is_plain(part):
             part.forward = partial(_low_rank, part)
-    set_attention(skeleton, "eager")
+    attention.register()
+    set_attention(skeleton, attention.NAME)
     return skeleton.eval(), twins
 
 

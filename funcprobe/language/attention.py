@@ -1,0 +1,80 @@
+"""Causal attention in plain operations, which every transform passes through."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+NAME = "funcprobe"
+
+_QUERIES = {"cpu": 64}  # at a time: a block of scores that stays in cache
+_QUERIES_ELSEWHERE = 512
+_BLOCKS = 8  # at most; more save less and less
+
+
+def register() -> None:
+    """Makes `attend` known to transformers, under a name of its own, with the eager mask."""
+    # NOTE [attention]: fused kernels have no forward mode, some no vmap; the eager one repeats
+    # keys and values for every query of a group, and computes what the mask then hides.
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, eager_mask)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **options,
+) -> tuple[Tensor, None]:
+    """``softmax(scaling q k' + mask) v``, query block by query block, each with the keys up to it.
+
+    Args:
+        module: is not used.
+        query: [B, heads, T, D].
+        key, value: [B, heads of keys, T, D]; several query heads may share one.
+        attention_mask: additive and causal, [B or 1, 1, T, T]; None masks nothing.
+        scaling: ``1 / sqrt(D)`` if None.
+        dropout: must be 0.
+        softcap: scores become ``softcap tanh(scores / softcap)``.
+        options: what else the model passes; attention sinks are refused.
+
+    Returns:
+        ``([B, T, heads, D], None)``.
+
+    Raises:
+        ValueError: dropout is on, or the model has attention sinks.
+    """
+    if dropout or options.get("s_aux") is not None:
+        raise ValueError(
+            "attention: neither dropout nor attention sinks are supported; "
+            f"{type(module).__name__} asks for one of them."
+        )
+    batch, heads, length, size = query.shape
+    groups = key.shape[1]
+    query = query * (size**-0.5 if scaling is None else scaling)
+    key = key.transpose(2, 3)
+    out = []
+    for start, stop in _blocks(length, query.device.type, attention_mask is not None):
+        seen = slice(stop if attention_mask is not None else length)
+        rows = query[:, :, start:stop].reshape(batch, groups, -1, size)
+        scores = (rows @ key[..., seen]).view(batch, heads, stop - start, -1)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if attention_mask is not None:
+            scores = scores + attention_mask[:, :, start:stop, seen]
+        at_least = torch.promote_types(scores.dtype, torch.float32)
+        p = scores.softmax(-1, dtype=at_least).to(value.dtype)
+        mixed = p.view(batch, groups, -1, p.shape[-1]) @ value[:, :, seen]
+        out.append(mixed.view(batch, heads, stop - start, size))
+    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
+
+
+def _blocks(length: int, device: str, causal: bool) -> list[tuple[int, int]]:
+    queries = _QUERIES.get(device, _QUERIES_ELSEWHERE)
+    step = -(-length // max(min(length // queries, _BLOCKS), 1)) if causal else length
+    return [(start, min(start + step, length)) for start in range(0, length, max(step, 1))]
