@@ -38,5 +38,6 @@ from .statistics.orders import OddEven, odd_even, takeover
 from .statistics.planning import Comparison, compare, prompts_needed
 from .statistics.resampling import Bootstrap, Jackknife, bootstrap, jackknife
 from .statistics.results import Estimate, Series
+from .statistics.rounding import Rounding, rounding
 from .statistics.uncertainty import band
 from .statistics.validity import Linearity, Ratio, linearity, ratio

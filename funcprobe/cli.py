@@ -79,6 +79,13 @@ class ProbeArguments:
             "choices": ["increment", "direct"],
         },
     )
+    matmul: str = field(
+        default="full",
+        metadata={
+            "help": "Precision of the increments' matrix products.",
+            "choices": ["full", "tf32", "bfloat16"],
+        },
+    )
     device: str | None = field(
         default=None, metadata={"help": "cpu, cuda, ...; cuda where there is one if not given."}
     )
@@ -195,6 +202,7 @@ def _probe(arguments: ProbeArguments) -> None:
         per=arguments.per,
         off_policy=arguments.off_policy,
         change=arguments.change,
+        matmul=None if arguments.matmul == "full" else arguments.matmul,
         max_length=max_length,
         tokens=arguments.tokens,
         progress=True,

@@ -21,7 +21,9 @@ from .language.score import scorer
 from .report import Report
 from .statistics.change import entropy_change, entropy_series
 from .statistics.doubts import doubts
+from .statistics.rounding import Rounding, rounding
 
+SAMPLED = 16  # rows of E whose changes are computed twice, to measure rounding
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
 
@@ -36,6 +38,7 @@ def probe(
     per: str = "token",
     off_policy: bool = False,
     change: str = "increment",
+    matmul: str | None = None,
     max_length: int | None = None,
     tokens: int | None = None,
     lanes: int = 8,
@@ -59,6 +62,8 @@ def probe(
         off_policy: E was sampled elsewhere, with the log-probabilities it records: weigh its rows
             by them. Without, E is taken to be sampled at the checkpoint, and flagged if it was not.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
+        matmul: "tf32" or "bfloat16", the precision of the increments' matrix products; its error is
+            measured and reported.
         max_length: the divisor of recipes with a constant one, in tokens.
         tokens: rows times positions times lanes of a block, at most. It bounds memory; the default
             is 1024 on a CPU.
@@ -104,7 +109,7 @@ def probe(
     lanes = max(min(lanes, points), 1)
     parts, order = blocks(evaluation, "sweep over E", lanes)
     # One call a block of rows: rows= takes every row of it at once.
-    same = {"change": change, "rows": len(evaluation.tokens), "lanes": lanes}
+    same = {"change": change, "matmul": matmul, "rows": len(evaluation.tokens), "lanes": lanes}
     swept = join(sweep_blocks(score, params, v, etas, parts, **same), order)
     clock("sweep")
     parts, order = blocks(evaluation, "slope on E")
@@ -115,14 +120,18 @@ def probe(
     kind["behaviour"] = evaluation.old_logp if off_policy else None
     estimate = entropy_change(swept, evaluation, **kind)
     series = entropy_series(terms, evaluation, **kind)
+    clock("statistics")
+    rounded = _rounding(score, params, v, swept, evaluation, series, same, kind["behaviour"])
+    clock("rounding")
     after = checksum(base | params)
-    clock("statistics and checksum")
+    clock("checksum after")
     with exact():
         precision = settings()
     return Report(
         change=estimate,
         series=series,
         lr=lr,
+        rounding=rounded,
         about={
             "checkpoint": {
                 "step": checkpoint.step,
@@ -144,6 +153,7 @@ def probe(
             },
             "evaluation": _sizes(evaluation),
             "change": change,
+            "matmul": matmul or "full",
             "importance weights": weights,
             "off policy": off_policy,
             "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
@@ -152,7 +162,7 @@ def probe(
         },
         flags=(
             *doubts(estimate),
-            *_doubts(swept, evaluation, change, off_policy),
+            *_doubts(swept, evaluation, rounded, off_policy),
             *_guesses(recipe, max_length, divisor),
         ),
         arrays={
@@ -165,6 +175,38 @@ def probe(
             "response": evaluation.response,
             "group": evaluation.group,
         },
+    )
+
+
+def _rounding(
+    score, params: Params, v: Params, swept, evaluation: Batch, series, same: dict, behaviour
+) -> Rounding | None:
+    """The sweep's rounding error at its smallest eta, against full increments row by row."""
+    n, away = len(evaluation.tokens), swept.etas.abs()
+    if n < 2 or not (away > 0).any():
+        return None
+    k = int(torch.where(away > 0, away, torch.inf).argmin())
+    eta = float(swept.etas[k])
+    index = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
+    rows = evaluation.rows(index.to(evaluation.tokens.device))
+    parts, order = by_length(rows, tokens=1)
+    again = join(
+        sweep_blocks(score, params, v, [eta], parts, change="increment", lanes=1), order
+    ).change
+    there = [leaf[k, index.to(leaf.device)] for leaf in swept.change]
+    width = min(again[0].shape[-1], there[0].shape[-1])
+    off = type(again)(
+        *(a[..., :width] - b[0][..., :width] for a, b in zip(there, again, strict=True))
+    )
+    return rounding(
+        swept.base,
+        off,
+        index,
+        evaluation,
+        series,
+        eta,
+        proportional=same["change"] == "increment",
+        behaviour=behaviour,
     )
 
 
@@ -210,7 +252,7 @@ def _sizes(batch: Batch) -> dict[str, int]:
     }
 
 
-def _doubts(swept, evaluation: Batch, change: str, off_policy: bool) -> list[str]:
+def _doubts(swept, evaluation: Batch, rounded: Rounding | None, off_policy: bool) -> list[str]:
     """What only the probe can see: E from another policy, changes below rounding."""
     found = []
     off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
@@ -221,10 +263,10 @@ def _doubts(swept, evaluation: Batch, change: str, off_policy: bool) -> list[str
             "policy, or the base model, its precision or the sampling settings differ. Sample E "
             "from this checkpoint, or weigh it by what it records with off_policy=True."
         )
-    if change == "direct" and swept.base.logp.dtype != torch.float64:
+    if rounded is not None and rounded.floor > min(e for e in swept.etas.abs().tolist() if e):
         found.append(
-            "float32 values were subtracted: rounding drowns the change at small eta (below about "
-            "1e-5). Use change='increment', or load the checkpoint in float64."
+            f"rounding drowns the change below eta = {rounded.floor:.2g}. Use change='increment' "
+            "in full precision, or load the checkpoint in float64."
         )
     if swept.fallbacks:
         found.append(

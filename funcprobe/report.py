@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .records import write_atomically
 from .statistics.results import Estimate, Series
+from .statistics.rounding import Rounding
 from .statistics.uncertainty import t_quantile
 from .statistics.validity import Linearity, linearity
 
@@ -26,6 +27,7 @@ class Report:
     change: Estimate
     series: Series
     lr: float  # the reference learning rate that v is relative to
+    rounding: Rounding | None  # of the change; None if it was not measured
     about: dict[str, Any]  # checkpoint, batches, update, precision, checksums, seconds
     flags: tuple[str, ...] = ()  # statistical doubts, each with its remedy
     arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)  # per-token results
@@ -33,11 +35,14 @@ class Report:
     @cached_property
     def linearity(self) -> Linearity:
         """How far the line holds, within 10%."""
-        return linearity(self.change, self.series, tolerance=WITHIN)
+        floor = None if self.rounding is None else self.rounding.floor
+        return linearity(self.change, self.series, tolerance=WITHIN, floor=floor)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as plain numbers and strings; nan becomes None."""
         change, law = self.change, self.linearity
+        nothing = torch.full_like(change.etas, torch.nan)
+        rounded = nothing if self.rounding is None else self.rounding.at(change.etas)
         rows = [
             {
                 "eta": float(change.etas[k]),
@@ -45,6 +50,7 @@ class Report:
                 "entropy": float(change.base + change.value[k]),
                 "change": float(change.value[k]),
                 "change_stderr": float(change.stderr[k]),
+                "change_rounding": float(rounded[k]),
                 "predicted": float(self.series.predict(change.etas)[k]),
                 "over_line": float(law.ratio[k]),
                 "over_line_stderr": float(law.stderr[k]),
@@ -79,6 +85,7 @@ class Report:
                     "fails": law.fails,
                     "verdict": law.verdict,
                 },
+                "rounding": None if self.rounding is None else self.rounding._asdict(),
                 "etas": rows,
                 "flags": list(self.flags),
                 "about": self.about,
@@ -138,6 +145,7 @@ class Report:
             for row in data["etas"]
         ]
         out = [head, "", *_table(columns, lines), "", self.verdict()]
+        out += [] if self.rounding is None else [str(self.rounding)]
         out += [f"! {flag}" for flag in self.flags]
         return "\n".join(out)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import funcprobe as fp
 from funcprobe import RULES, Increment, increment
+from funcprobe.language.score import logp_and_entropy
 
 mpmath.mp.dps = 60
 SIZES = [0.0, *(sign * 10.0**e for e in (-30, -12, -7, -3, -1, 0, 1, 2) for sign in (1, -1))]
@@ -177,7 +178,6 @@ def test_minus_infinity_and_masks():
     )
     assert filled[0, 0] == 0
     logits = torch.tensor([[0.5, 0.1, 1.0]], dtype=torch.float64)
-    from funcprobe.language.score import logp_and_entropy
 
     def score(p, _):
         z = p["x"].masked_fill(torch.tensor([False, True, False]), -torch.inf)
@@ -384,3 +384,50 @@ def test_names_are_checked():
         increment(
             lambda p, _: p["x"], {"x": torch.ones(2)}, {"x": torch.ones(2), "typo": torch.ones(2)}
         )
+
+
+def test_a_token_that_becomes_likely_at_once_overflows_nothing():
+    """A logit moves by 150 nats in one step: e^150 is beyond float32."""
+    x = torch.tensor([[0.0, -120.0, 3.0]])
+    d = torch.tensor([[0.0, 150.0, -1.0]])
+
+    def score(p, _):
+        return torch.stack(logp_and_entropy(p["x"].split(2, -1), torch.tensor([1])))
+
+    value, change = increment(score, {"x": x}, {"x": d})(None)
+    want = score({"x": (x + d).double()}, None) - score({"x": x.double()}, None)
+    assert torch.allclose(change.double(), want, rtol=1e-6, atol=1e-30)
+
+
+@pytest.mark.parametrize("matmul", ["tf32", "bfloat16"])
+def test_products_in_lower_precision(matmul):
+    """The values do not change; the changes by a rounding of that precision and no more."""
+    case, batch = cases.case("llama", torch.float32), cases.batch()
+    score, v = fp.scorer(case.model, case.base), cases.direction(case.params)
+    same = {"change": "increment", "lanes": 2}
+    full = fp.sweep(score, case.params, v, [1e-9, 1e-4], batch, **same)
+    low = fp.sweep(score, case.params, v, [1e-9, 1e-4], batch, matmul=matmul, **same)
+    for a, b in zip(low.base, full.base, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(low.change, full.change, strict=True):
+        off = float((a - b).norm() / b.norm())
+        assert off < (1e-2 if matmul == "tf32" else 5e-2)
+        if matmul == "bfloat16":
+            assert off > 1e-4
+
+
+def test_the_precision_of_products_is_the_callers_again():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    case, batch = cases.case("llama", torch.float32), cases.batch()
+    score, v = fp.scorer(case.model, case.base), cases.direction(case.params)
+    fp.sweep(score, case.params, v, [1e-4], batch, change="increment", matmul="tf32")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_a_precision_that_does_not_exist_or_does_not_apply():
+    case, batch = cases.case("llama", torch.float32), cases.batch()
+    score, v = fp.scorer(case.model, case.base), cases.direction(case.params)
+    with pytest.raises(ValueError, match="not 'fp8'"):
+        fp.sweep(score, case.params, v, [1e-4], batch, change="increment", matmul="fp8")
+    with pytest.raises(ValueError, match="would drown"):
+        fp.sweep(score, case.params, v, [1e-4], batch, matmul="bfloat16")

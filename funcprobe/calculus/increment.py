@@ -15,12 +15,15 @@ noise. Under `vmap` over d with x unbatched all lanes share one computation of t
 import math
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .elementwise import CHANGES, d_logsumexp, d_normal, d_reciprocal, d_rsqrt, d_sigmoid, d_sqrt
+from .precision import products
 from .tree import Params, check_direction, tree_map
 
 
@@ -29,6 +32,7 @@ class Scope:
     """What the Increments of one evaluation share."""
 
     rules: dict[Callable, Callable]
+    matmul: str | None = None  # the precision of the changes' products, None for full
     fallbacks: Counter = field(default_factory=Counter)  # operations without a rule, by name
 
 
@@ -77,7 +81,12 @@ class Increment(Tensor):
 
 
 def increment(
-    fn: Callable, params: Params, delta: Params, *, rules: dict | None = None
+    fn: Callable,
+    params: Params,
+    delta: Params,
+    *,
+    rules: dict | None = None,
+    matmul: str | None = None,
 ) -> Callable:
     """The transform: ``fn'(batch) -> (fn(params, batch), fn(params + delta, batch) - same)``.
 
@@ -91,13 +100,19 @@ def increment(
         delta: their change, of the same names and shapes.
         rules: a table instead of `RULES`; extend it by ``RULES | {op: rule}``. A rule gets the
             operation and its arguments, some of them Increments, and returns (value, change).
+        matmul: "tf32" or "bfloat16" runs the matrix products of the changes, not of the values, in
+            that precision: each change is then good to some 1e-3 or 1e-2 of itself. Hardware
+            without TF32 computes in full.
 
     Raises:
-        ValueError: names or shapes that do not fit; where the function is called, an operation
-            whose result may jump (a comparison), or that writes a change into a fixed tensor.
+        ValueError: names or shapes that do not fit, another `matmul`; where the function is called,
+            an operation whose result may jump (a comparison), or that writes a change into a fixed
+            tensor.
     """
     check_direction("increment", delta, params)
-    scope = Scope(RULES if rules is None else rules)
+    if matmul not in (None, "tf32", "bfloat16"):
+        raise ValueError(f"increment: matmul must be None, 'tf32' or 'bfloat16', not {matmul!r}.")
+    scope = Scope(RULES if rules is None else rules, matmul)
 
     def changed(batch):
         moving = {name: Increment(p, delta[name].to(p), scope) for name, p in params.items()}
@@ -264,8 +279,24 @@ def _product(op, a, b, *args, **kwargs):
     return value, op(a.d, y, *args, **kwargs) + op(a.moved, b.d, *args, **kwargs)
 
 
+def _matmul(op, a, b):
+    """A product of matrices, whose change may be computed in lower precision."""
+    scope, x, y = _scope((a, b)), _value(a), _value(b)
+    terms = []
+    if isinstance(a, Increment):
+        terms.append((a.d, y))
+    if isinstance(b, Increment):
+        terms.append((_moved(a), b.d))
+    if scope.matmul == "bfloat16":
+        parts = [op(p.bfloat16(), q.bfloat16()).to(x.dtype) for p, q in terms]
+    else:
+        with products(scope.matmul) if scope.matmul else nullcontext():
+            parts = [op(p, q) for p, q in terms]
+    return op(x, y), parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
 def _linear(op, x, weight, bias=None):
-    value, change = _product(op, x, weight) if _scope((x, weight)) else (op(x, weight), None)
+    value, change = _matmul(op, x, weight) if _scope((x, weight)) else (op(x, weight), None)
     if bias is None:
         return value, change
     if isinstance(bias, Increment):
@@ -298,11 +329,11 @@ def _power(op, a, exponent):
         if n == 3:
             return y, d * (3 * x * (x + d) + d * d)
         if n == 0.5:
-            return y, _d_sqrt(y, x, d)
+            return y, d_sqrt(y, x, d)
         if n == -0.5:
-            return y, _d_rsqrt(y, x, d)
+            return y, d_rsqrt(y, x, d)
         if n == -1:
-            return y, _d_reciprocal(y, x, d)
+            return y, d_reciprocal(y, x, d)
     return NotImplemented
 
 
@@ -360,20 +391,20 @@ def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
     p = x.softmax(dim)
-    return p, p * torch.expm1(d - _d_logsumexp(p, d, dim))
+    return p, p * torch.expm1(d - d_logsumexp(p, d, dim))
 
 
 def _log_softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
     x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
     y = x.log_softmax(dim)
-    return y, d - _d_logsumexp(y.exp(), d, dim)
+    return y, d - d_logsumexp(y.exp(), d, dim)
 
 
 def _logsumexp(op, a, dim, keepdim=False):
     if not isinstance(dim, int):
         return NotImplemented
-    change = _d_logsumexp(a.x.softmax(dim), a.d, dim)
+    change = d_logsumexp(a.x.softmax(dim), a.d, dim)
     return op(a.x, dim, keepdim=keepdim), change if keepdim else change.squeeze(dim)
 
 
@@ -396,82 +427,9 @@ def _gelu(op, a, approximate="none"):
         c = 2 * math.sqrt(2 / math.pi)
         u, v = c * (x + 0.044715 * x**3), x + d
         du = c * d * (1 + 0.044715 * (x * x + x * v + v * v))
-        return y, d * torch.sigmoid(u + du) + x * _d_sigmoid(None, u, du)
+        return y, d * torch.sigmoid(u + du) + x * d_sigmoid(None, u, du)
     normal = torch.special.ndtr(x + d)
-    return y, d * normal + x * _d_normal(x, d)
-
-
-# Changes of elementwise functions, from y = f(x), x and d; accurate for every sign and size.
-
-
-def _d_exp(y, x, d):
-    return y * torch.expm1(d)
-
-
-def _d_log(y, x, d):
-    return torch.log1p(d / x)
-
-
-def _d_sqrt(y, x, d):
-    return torch.where(d == 0, 0.0, d / (y + (x + d).sqrt()))
-
-
-def _d_rsqrt(y, x, d):
-    s, moved = x.sqrt(), (x + d).sqrt()
-    return -d / (s + moved) * y / moved
-
-
-def _d_reciprocal(y, x, d):
-    return -d / (x * (x + d))
-
-
-def _d_sigmoid(y, x, d):
-    up = torch.sigmoid(x + d) * torch.sigmoid(-x) * -torch.expm1(-d.clamp(min=0))
-    down = torch.sigmoid(x) * torch.sigmoid(-x - d) * torch.expm1(d.clamp(max=0))
-    return torch.where(d > 0, up, down)
-
-
-def _d_silu(y, x, d):
-    return d * torch.sigmoid(x + d) + x * _d_sigmoid(y, x, d)
-
-
-def _d_tanh(y, x, d):
-    return 2 * _d_sigmoid(y, 2 * x, 2 * d)
-
-
-def _d_relu(y, x, d):
-    both = (x > 0) & (x + d > 0)
-    return torch.where(both, d, (x + d).clamp(min=0) - y)
-
-
-def _d_sin(y, x, d):
-    return 2 * torch.cos(x + d / 2) * torch.sin(d / 2)
-
-
-def _d_cos(y, x, d):
-    return -2 * torch.sin(x + d / 2) * torch.sin(d / 2)
-
-
-def _d_normal(x, d):
-    """The normal distribution's change over [x, x + d]: Gauss-Legendre while the step is short."""
-    nodes = x.new_tensor([-0.9324695142031521, -0.6612093864662645, -0.2386191860831969])
-    weights = (0.1713244923791704, 0.3607615730481386, 0.467913934572691)
-    middle, half = x + d / 2, d / 2
-    total = 0.0
-    for node, weight in zip(nodes, weights, strict=True):
-        for t in (middle + node * half, middle - node * half):
-            total = total + weight * torch.exp(-t * t / 2)
-    short = half * total / math.sqrt(2 * math.pi)
-    # By symmetry in the tail where ndtr itself is small, and so exact.
-    far = torch.where(x + d / 2 > 0, -1.0, 1.0)
-    long = far * (torch.special.ndtr(far * (x + d)) - torch.special.ndtr(far * x))
-    return torch.where(d.abs() < 0.5, short, long)
-
-
-def _d_logsumexp(p, d, dim):
-    """Of logsumexp from p = softmax(x): its first order, and the rest by log1p."""
-    mean = (p * d).sum(dim, keepdim=True)
-    return mean + torch.log1p((p * torch.expm1(d - mean)).sum(dim, keepdim=True))
+    return y, d * normal + x * d_normal(x, d)
 
 
 def _table() -> dict[Callable, Callable]:
@@ -501,7 +459,7 @@ def _table() -> dict[Callable, Callable]:
     give(_add(-1.0), "sub", "subtract", "__sub__")
     give(_add(-1.0, reverse=True), "rsub", "__rsub__")
     give(_product, "mul", "multiply", "__mul__", "__rmul__")
-    give(_product, "matmul", "__matmul__", "bmm", "mm")
+    give(_matmul, "matmul", "__matmul__", "__rmatmul__", "bmm", "mm")
     give(_linear, "linear")
     give(_addmm, "addmm")
     give(_divide, "div", "divide", "true_divide", "__truediv__", "__div__")
@@ -519,22 +477,7 @@ def _table() -> dict[Callable, Callable]:
     give(_logsumexp, "logsumexp")
     give(_layer_norm, "layer_norm")
     give(_gelu, "gelu")
-    for name, change in {
-        "exp": _d_exp,
-        "log": _d_log,
-        "sqrt": _d_sqrt,
-        "rsqrt": _d_rsqrt,
-        "reciprocal": _d_reciprocal,
-        "sigmoid": _d_sigmoid,
-        "silu": _d_silu,
-        "tanh": _d_tanh,
-        "relu": _d_relu,
-        "sin": _d_sin,
-        "cos": _d_cos,
-        "square": lambda y, x, d: d * (2 * x + d),
-        "expm1": lambda y, x, d: x.exp() * torch.expm1(d),
-        "log1p": lambda y, x, d: torch.log1p(d / (1 + x)),
-    }.items():
+    for name, change in CHANGES.items():
         give(_elementwise(change), name)
     for view in (Tensor.T, Tensor.mT):
         rules[view.__get__] = _linear_of_first

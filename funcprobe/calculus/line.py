@@ -44,6 +44,7 @@ def changes(
     batch,
     *,
     change: str = "direct",
+    matmul: str | None = None,
     rules: dict | None = None,
     rows: int | None = None,
     lanes: int | None = None,
@@ -60,6 +61,7 @@ def changes(
         batch: a tree of tensors with leading N.
         change: "direct" subtracts two values, and rounds like it; "increment" computes the change
             itself, at full relative precision however small (see `increment`).
+        matmul: for "increment", the precision of the changes' matrix products; see `increment`.
         rules: for "increment", a rule table instead of `RULES`.
         rows: rows per block; the default follows from the shapes and `lanes`.
         lanes: parameter points per block, of "direct" the base among them; 1 is the plain loop.
@@ -87,7 +89,7 @@ def changes(
             for name, d in deltas.items()
         }
 
-    options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
+    options = dict(change=change, matmul=matmul, rules=rules, rows=rows, lanes=lanes)
     return _changes(fn, params, filled, k, batch, options)[:2]
 
 
@@ -101,6 +103,7 @@ def sweep(
     change: str = "direct",
     nodes: int | str | None = None,
     tol: float = 1e-6,
+    matmul: str | None = None,
     rules: dict | None = None,
     rows: int | None = None,
     lanes: int | None = None,
@@ -117,13 +120,13 @@ def sweep(
             that many nodes in the range of etas and 0, and its derivative at 0: a curve
             of any length for about five evaluations. `bound` is in the unit of the output.
         tol: the error that "auto" allows, relative to the largest change.
-        change, rules, rows, lanes: as in `changes`.
+        change, matmul, rules, rows, lanes: as in `changes`.
 
     Raises:
         ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output, a
             curve that "auto" cannot interpolate to `tol`.
     """
-    options = {"change": change, "nodes": nodes, "tol": tol, "rules": rules}
+    options = dict(change=change, nodes=nodes, tol=tol, matmul=matmul, rules=rules)
     return next(sweep_blocks(fn, params, v, etas, [batch], **options, rows=rows, lanes=lanes))
 
 
@@ -137,6 +140,7 @@ def sweep_blocks(
     change: str = "direct",
     nodes: int | str | None = None,
     tol: float = 1e-6,
+    matmul: str | None = None,
     rules: dict | None = None,
     rows: int | None = None,
     lanes: int | None = None,
@@ -154,7 +158,7 @@ def sweep_blocks(
         raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
     if nodes not in (None, "auto") and not (isinstance(nodes, int) and nodes >= 3):
         raise ValueError(f"sweep: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
-    options = {"change": change, "rules": rules, "rows": rows, "lanes": lanes}
+    options = dict(change=change, matmul=matmul, rules=rules, rows=rows, lanes=lanes)
     every = _along(v, params, etas)
     for part in parts:
         if nodes is None:
@@ -221,6 +225,11 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
     kind, lanes, rows = options["change"], options["lanes"], options["rows"]
     if kind not in ("direct", "increment"):
         raise ValueError(f"change must be 'direct' or 'increment', not {kind!r}.")
+    if kind == "direct" and options["matmul"] is not None:
+        raise ValueError(
+            "sweep: matmul= is the precision of increments; a difference of values would drown in "
+            "its rounding. Use change='increment', or leave it out."
+        )
     # Increments have the base in every lane, so it needs none of its own.
     lanes = lanes or min(k + (kind == "direct"), _LANES)
     float64 = any(p.dtype == torch.float64 for p in params.values())
@@ -233,9 +242,8 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
                 even = _even(lanes, part) if float64 else lanes
                 parts.append(_direct(fn, params, deltas, k, part, even))
             else:
-                parts.append(
-                    _increments(fn, params, deltas, k, part, lanes, options["rules"], fallbacks)
-                )
+                how = {"rules": options["rules"], "matmul": options["matmul"]}
+                parts.append(_increments(fn, params, deltas, k, part, lanes, how, fallbacks))
     base = concatenate([base for base, _ in parts])
     change = concatenate([change for _, change in parts], dim=1)
     check_nan("sweep (base)", base)
@@ -276,11 +284,11 @@ def _even(lanes: int, part) -> int:
     return lanes
 
 
-def _increments(fn, params, deltas, k: int, part, lanes: int, rules, fallbacks: set[str]):
+def _increments(fn, params, deltas, k: int, part, lanes: int, how: dict, fallbacks: set[str]):
     """Exact increments on one block of rows, `lanes` of them at a time over one base."""
 
     def at(delta):
-        changed = increment(fn, params, delta, rules=rules)
+        changed = increment(fn, params, delta, **how)
         out = changed(part)
         fallbacks.update(changed.fallbacks)
         return out

@@ -1,7 +1,7 @@
 """Full precision in a scope: TF32, reduced-precision reductions and autocast off, then restored."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -24,25 +24,32 @@ def exact() -> Iterator[None]:
     Within the scope float32 products are IEEE float32 and autocast is off on every device in use;
     afterwards each setting is what it was.
     """
-    products = [backend.fp32_precision for backend in _BACKENDS]
     reductions = [getattr(torch.backends.cuda.matmul, name) for name in _REDUCTIONS]
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     scopes = [torch.autocast(device, enabled=False) for device in devices]
     try:
-        for backend in _BACKENDS:
-            backend.fp32_precision = "ieee"
         for name in _REDUCTIONS:
             setattr(torch.backends.cuda.matmul, name, False)
-        for scope in scopes:
-            scope.__enter__()
-        yield
+        with products("ieee"), ExitStack() as stack:
+            for scope in scopes:
+                stack.enter_context(scope)
+            yield
     finally:
-        for scope in reversed(scopes):
-            scope.__exit__(None, None, None)
-        for backend, value in zip(_BACKENDS, products, strict=True):
-            backend.fp32_precision = value
         for name, value in zip(_REDUCTIONS, reductions, strict=True):
             setattr(torch.backends.cuda.matmul, name, value)
+
+
+@contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Float32 matrix products in "tf32" where the hardware has it, then as they were."""
+    before = [backend.fp32_precision for backend in _BACKENDS]
+    try:
+        for backend in _BACKENDS:
+            backend.fp32_precision = precision
+        yield
+    finally:
+        for backend, value in zip(_BACKENDS, before, strict=True):
+            backend.fp32_precision = value
 
 
 def settings() -> dict[str, str]:
