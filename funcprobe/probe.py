@@ -181,7 +181,10 @@ def probe(
 def _rounding(
     score, params: Params, v: Params, swept, evaluation: Batch, series, same: dict, behaviour
 ) -> Rounding | None:
-    """The sweep's rounding error at its smallest eta, against full increments row by row."""
+    """The sweep's rounding error at its smallest eta, against full increments of some rows.
+
+    These start from parameters one rounding away, since the same ones might round the same way.
+    """
     n, away = len(evaluation.tokens), swept.etas.abs()
     if n < 2 or not (away > 0).any():
         return None
@@ -190,8 +193,9 @@ def _rounding(
     index = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
     rows = evaluation.rows(index.to(evaluation.tokens.device))
     parts, order = by_length(rows, tokens=1)
+    near = {name: torch.nextafter(p, torch.full_like(p, torch.inf)) for name, p in params.items()}
     again = join(
-        sweep_blocks(score, params, v, [eta], parts, change="increment", lanes=1), order
+        sweep_blocks(score, near, v, [eta], parts, change="increment", lanes=1), order
     ).change
     there = [leaf[k, index.to(leaf.device)] for leaf in swept.change]
     width = min(again[0].shape[-1], there[0].shape[-1])

@@ -18,6 +18,7 @@ from .statistics.uncertainty import t_quantile
 from .statistics.validity import Linearity, linearity
 
 WITHIN = 0.1  # the line "holds" while the change is within a tenth of it
+LOOSELY = 0.25  # and loosely while within a quarter
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ class Report:
     @cached_property
     def linearity(self) -> Linearity:
         """How far the line holds, within 10%."""
+        return self.holds_within(WITHIN)
+
+    def holds_within(self, tolerance: float) -> Linearity:
+        """How far the line holds within another tolerance; points below rounding are left out."""
         floor = None if self.rounding is None else self.rounding.floor
-        return linearity(self.change, self.series, tolerance=WITHIN, floor=floor)
+        return linearity(self.change, self.series, tolerance=tolerance, floor=floor)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as plain numbers and strings; nan becomes None."""
@@ -78,13 +83,16 @@ class Report:
                 "slope": float(self.series.value[0]),
                 "slope_stderr": float(self.series.stderr[0]),
                 "lr": self.lr,
-                "linearity": {
-                    "tolerance": law.tolerance,
-                    "level": law.level,
-                    "holds": law.holds,
-                    "fails": law.fails,
-                    "verdict": law.verdict,
-                },
+                "linearity": [
+                    {
+                        "tolerance": each.tolerance,
+                        "level": each.level,
+                        "holds": each.holds,
+                        "fails": each.fails,
+                        "verdict": each.verdict,
+                    }
+                    for each in (law, self.holds_within(LOOSELY))
+                ],
                 "rounding": None if self.rounding is None else self.rounding._asdict(),
                 "etas": rows,
                 "flags": list(self.flags),
@@ -150,8 +158,9 @@ class Report:
         return "\n".join(out)
 
     def verdict(self) -> str:
-        """Up to which eta the line was seen to hold, in a sentence."""
-        return self.linearity.describe(self.lr, " lr")
+        """Up to which eta the line holds, loosely and strictly, and what was left out."""
+        loose = self.holds_within(LOOSELY).describe(self.lr, " lr").split(" Left out")[0]
+        return f"{loose}\n{self.linearity.describe(self.lr, ' lr')}"
 
 
 def plot(

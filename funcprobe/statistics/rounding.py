@@ -55,8 +55,8 @@ def rounding(
     .. math:: \text{error}^2 = N \, \mathrm{var}(c) + N^2 \bar c^2,
 
     the second term, an error that all rows share, only where the mean is three of its own standard
-    errors from 0. Of first order in the change. A difference of values is off by as much at every eta; an
-    increment in proportion to eta.
+    errors from 0. Of first order in the change. A difference of values is off by as much at every
+    eta; an increment in proportion to eta.
 
     Args:
         scores: at the base policy, arrays [N, R].

@@ -9,6 +9,7 @@ in a fresh process each.
 
 import argparse
 import copy
+import ctypes
 import importlib.util
 import json
 import os
@@ -133,6 +134,7 @@ def peak_above_weights(name: str, *more: str) -> float:
 
 def measure_memory(name: str, arguments: argparse.Namespace) -> None:
     run = contenders(load_model(arguments.rank), ragged(arguments.rows), etas(arguments))[name]
+    ctypes.CDLL(None).malloc_trim(0)  # what loading freed is not the weights'
     with open("/proc/self/statm") as file:
         before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
