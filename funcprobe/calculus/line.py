@@ -169,8 +169,10 @@ def sweep_blocks(
         runs = []
 
         def at(points: Tensor, part=part, runs=runs):
+            most = len(points) + (change == "direct")  # later nodes come two at a time
+            own = options | {"lanes": min(lanes or _LANES, most)}
             some = _along(v, params, points)
-            runs.append(_changes(fn, params, some, len(points), part, options))
+            runs.append(_changes(fn, params, some, len(points), part, own))
             return runs[-1][1]
 
         base, slope = taylor(fn, params, v, part, rows=rows)

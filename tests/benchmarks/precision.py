@@ -22,7 +22,7 @@ import funcprobe as fp
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 GRID = [10.0**k for k in range(-12, -2)]
-CURVE = torch.linspace(0, 1e-4, 65, dtype=torch.float64)[1:]
+POINTS, NATS = 64, 0.5  # of a curve, and how far its tokens move
 
 
 def load(dtype: torch.dtype):
@@ -76,13 +76,13 @@ class Blocks:
         """The entropy change per token, [K]."""
         return fp.entropy_change(sweep, self.batch).value
 
+    def slopes(self) -> tuple:
+        """Scores and their derivatives."""
+        return fp.taylor(self.score, self.params, self.v, self.batch)
+
     def slope(self) -> float:
         """The slope of the entropy change."""
-        return float(
-            fp.entropy_series(
-                fp.taylor(self.score, self.params, self.v, self.batch), self.batch
-            ).value[0]
-        )
+        return float(fp.entropy_series(self.slopes(), self.batch).value[0])
 
 
 def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
@@ -168,25 +168,27 @@ def cost(rows: int, rounds: int) -> dict:
 
 def curve(rows: int) -> dict:
     """A 64-point curve from a few nodes against every point, and its error."""
-    out = {"points": len(CURVE), "rows": rows}
+    out: dict = {"points": POINTS, "rows": rows}
     for dtype, change, lanes in (
         (torch.float32, "increment", 5),
         (torch.float64, "direct", 6),
     ):
         ckpt, score, v = load(dtype)
         run = Blocks(score, ckpt.params, v, rows_of(rows))
+        end = NATS / float(run.slopes()[1].logp.abs().max())
+        etas = torch.linspace(0, end, POINTS + 1, dtype=torch.float64)[1:]
         start = time.perf_counter()
-        dense = run.sweep(CURVE, lanes, change=change, nodes="auto")
+        dense = run.sweep(etas, lanes, change=change, nodes="auto")
         middle = time.perf_counter()
-        every = run.sweep(CURVE, 8, change=change)
+        every = run.sweep(etas, 8, change=change)
         end = time.perf_counter()
         error = max(
             float((a - b).abs().max()) for a, b in zip(dense.change, every.change, strict=True)
         )
         size = max(float(leaf.abs().max()) for leaf in every.change)
-        nodes = _evaluations(run, dtype, change, lanes)
         out[f"{dtype} {change}".removeprefix("torch.")] = figures = {
-            "evaluations": nodes,
+            "range": float(etas[-1]),
+            "evaluations": _evaluations(run, etas),
             "curve, seconds": middle - start,
             "every point, seconds": end - middle,
             "ratio": (end - middle) / (middle - start),
@@ -197,27 +199,21 @@ def curve(rows: int) -> dict:
                 (run.change(dense) - run.change(every)).abs().max()
             ),
         }
-        print(f"\n{len(CURVE)} points on [0, 1e-4], {dtype}, {change}: {json.dumps(figures)}")
+        print(f"\n{POINTS} points, {dtype}, {change}:\n{json.dumps(figures, indent=1)}")
     return out
 
 
-def _evaluations(run: Blocks, dtype, change: str, lanes: int) -> int:
-    """How many etas were evaluated, at most over the blocks."""
-    counts = []
+def _evaluations(run: Blocks, etas) -> int:
+    """How many learning rates the first block was evaluated at; the derivative is one more call."""
+    part, calls = run.blocks(1)[0][0], []
 
-    def counting(params, part):
-        counts.append(1)
-        return run.score(params, part)
+    def counting(params, batch):
+        calls.append(1)
+        return run.score(params, batch)
 
-    parts = run.blocks(lanes)[0]
-    most = 0
-    for part in parts[:2]:
-        counts.clear()
-        fp.sweep(
-            counting, run.params, run.v, CURVE, part, change=change, nodes="auto", rows=99, lanes=1
-        )
-        most = max(most, len(counts) - 1 - (change == "direct"))  # less the jvp and the base
-    return most
+    same = {"change": "increment", "nodes": "auto", "rows": len(part.group), "lanes": 1}
+    fp.sweep(counting, run.params, run.v, etas, part, **same)
+    return len(calls) - 1
 
 
 def _print(unit: str, figures: dict) -> None:
