@@ -9,8 +9,8 @@ from torch.func import jvp
 from torch.overrides import TorchFunctionMode
 
 from .precision import exact
-from .rows import default_rows
-from .tree import Params, add_scaled, blocks, check_direction, check_nan, concatenate, concrete
+from .rows import default_rows, keep_pages
+from .tree import Params, blocks, check_direction, check_nan, concatenate, concrete
 
 
 def taylor(
@@ -40,7 +40,9 @@ def taylor(
     if order < 1:
         raise ValueError(f"taylor: order must be at least 1, not {order}.")
     check_direction("taylor", v, params)
+    v = {name: v[name].to(p) for name, p in params.items()}
     parts = []
+    keep_pages()
     with torch.no_grad(), exact(), Nestable():
         for part in blocks(batch, rows or default_rows(batch)):
             parts.append(_derivatives(fn, params, v, part, order))
@@ -51,21 +53,21 @@ def taylor(
 
 
 def _derivatives(fn, params: Params, v: Params, part, order: int) -> list:
-    def along(t: Tensor):
-        return [fn(add_scaled(params, v, t), part)]
+    def terms(p: Params):
+        return [fn(p, part)]
 
-    terms = along
+    # In the parameters themselves, not in a t of params + t v: torch would carry zero tangents of
+    # every constant that t meets.
     for _ in range(order):
-        terms = _one_more(terms)
-    some = next(iter(v.values()))
-    return terms(torch.zeros((), dtype=some.dtype, device=some.device))
+        terms = _one_more(terms, v)
+    return terms(params)
 
 
-def _one_more(terms: Callable) -> Callable:
-    """From a function that gives f to the m-th derivative at t, the same to the next."""
+def _one_more(terms: Callable, v: Params) -> Callable:
+    """From a function that gives f to its m-th derivative along v, the same to the next."""
 
-    def longer(t: Tensor) -> list:
-        values, slopes = jvp(terms, (t,), (torch.ones_like(t),))
+    def longer(p: Params) -> list:
+        values, slopes = jvp(terms, (p,), (v,))
         return [*values, slopes[-1]]
 
     return longer
@@ -130,4 +132,19 @@ def _silu(x: Tensor, inplace: bool = False) -> Tensor:
     return x * torch.sigmoid(x)
 
 
-_REPLACED = {F.linear: _linear, F.layer_norm: _layer_norm, F.silu: _silu}
+def _times(x: Tensor, other) -> Tensor:
+    # By a number as such: as a tensor of one element it would carry a zero tangent.
+    if isinstance(other, int | float):
+        return torch.ops.aten.mul.Scalar(x, other)
+    return torch.mul(x, other)
+
+
+_REPLACED = {
+    F.linear: _linear,
+    F.layer_norm: _layer_norm,
+    F.silu: _silu,
+    torch.mul: _times,
+    Tensor.mul: _times,
+    Tensor.__mul__: _times,
+    Tensor.__rmul__: _times,
+}

@@ -64,7 +64,7 @@ class Blocks:
 
     def taylor(self, order: int) -> None:
         """Derivatives of every block, for the clock."""
-        for part in self.blocks(1 + order)[0]:
+        for part in self.blocks(1)[0]:
             fp.taylor(self.score, self.params, self.v, part, order=order, rows=len(part.group))
 
     def forward(self) -> None:
