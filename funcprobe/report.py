@@ -46,6 +46,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the arrays, as plain numbers and strings; nan becomes None."""
         change, law = self.change, self.linearity
+        interval, slope = change.interval().tolist(), self.series.interval()[0].tolist()
         nothing = torch.full_like(change.etas, torch.nan)
         rounded = nothing if self.rounding is None else self.rounding.at(change.etas)
         rows = [
@@ -55,6 +56,7 @@ class Report:
                 "entropy": float(change.base + change.value[k]),
                 "change": float(change.value[k]),
                 "change_stderr": float(change.stderr[k]),
+                "change_interval": interval[k],
                 "change_rounding": float(rounded[k]),
                 "predicted": float(self.series.predict(change.etas)[k]),
                 "over_line": float(law.ratio[k]),
@@ -82,6 +84,7 @@ class Report:
                 "entropy_stderr": float(change.base_stderr),
                 "slope": float(self.series.value[0]),
                 "slope_stderr": float(self.series.stderr[0]),
+                "slope_interval": slope,
                 "lr": self.lr,
                 "linearity": [
                     {

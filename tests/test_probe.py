@@ -219,7 +219,10 @@ def test_the_report_states_how_far_the_line_holds(report):
         assert each["tolerance"] == tolerance and each["verdict"] == want.verdict
         assert each["holds"] == want.holds
         assert each["fails"] == (None if want.fails == math.inf else want.fails)
+    low, high = data["slope_interval"]
+    assert low < data["slope"] - 1.9 * data["slope_stderr"] < data["slope"] < high
     for k, row in enumerate(data["etas"]):
+        assert row["change_interval"] == report.change.interval()[k].tolist()
         assert row["excluded"] == law.excluded[k] and row["line"] == law.verdicts[k]
         if not row["excluded"]:
             assert row["over_line_band"] == [float(law.low[k]), float(law.high[k])]

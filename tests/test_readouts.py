@@ -289,3 +289,37 @@ def test_what_is_not_a_readout_is_refused():
         fp.scorer(case.model, case.base, reference=case.params)
     with pytest.raises(ValueError, match="k must be at least 1, not 0"):
         readouts.tail_mass(0)
+
+
+@pytest.mark.parametrize("name", ["top", "kl", "tail", "reward"])
+def test_estimates_of_any_quantity_come_by_the_same_code(checkpoint, evaluation, name):
+    """On the bundled checkpoint: change over eta is the slope, and curvature what is left."""
+    params, some = checkpoint.params, evaluation.rows(slice(0, 64))
+    plain = fp.scorer(checkpoint.model, checkpoint.base)
+    read, more = {
+        "top": (fp.readouts.top_probability, {}),
+        "kl": (fp.readouts.expected_kl, {"reference": params}),
+        "tail": (fp.readouts.tail_mass(3), {}),
+        "reward": (None, {}),
+    }[name]
+    if name == "reward":
+        score, per = fp.with_value(plain, lambda batch: batch.reward), "sequence"
+    else:
+        score = fp.scorer(checkpoint.model, checkpoint.base, readout=read, **more)
+        per = "token"
+    v = cases.direction(params)
+    etas = [1e-8, 1e-4]
+    change = fp.entropy_change(
+        fp.sweep(score, params, v, etas, some, change="increment"), some, per=per
+    )
+    series = fp.entropy_series(fp.taylor(score, params, v, some, order=2), some, per=per)
+    first, second = series.value.tolist()
+    assert change.quantity == series.quantity == "value" and "d value" in str(change)
+    got = [float(c) / eta for c, eta in zip(change.value, etas, strict=True)]
+    if name == "kl":  # of second order: its slope is 0
+        assert first == pytest.approx(0, abs=1e-12) and second > 0
+        assert got[1] == pytest.approx(etas[1] * second / 2, rel=0.05)
+    else:
+        assert first != 0 and got[0] == pytest.approx(first, rel=1e-5)
+        left = got[1] - first
+        assert left == pytest.approx(etas[1] * second / 2, rel=0.05)
