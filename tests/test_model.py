@@ -456,7 +456,30 @@ def test_a_missing_name_fails_loudly():
         case.model.hidden(case.params, case.base | {"up_prøj": torch.zeros(1)}, cases.batch())
 
 
+@pytest.mark.parametrize("alpha", [3, 4])  # over rank 2: 1.5 does not commute with rounding, 2 does
+def test_scaling_changes_no_bit(alpha):
+    attention.register()
+    module = cases.live("llama", attention=attention.NAME, lora_alpha=alpha)
+    model, params, base = fp.split(module)
+    batch = cases.batch()
+    with torch.no_grad():
+        own = module(input_ids=batch.tokens, use_cache=False).logits
+        own = torch.take_along_dim(own, batch.position.unsqueeze(-1), 1)
+        ours = fp.logits(model, params, base, batch)
+    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+    decoder = module.get_base_model().model
+    with torch.no_grad():
+        states = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        states = torch.take_along_dim(states, batch.position.unsqueeze(-1), 1)
+        assert torch.equal(model.hidden(params, base, batch), states)
+
+
 # assemble
+
+
+def test_an_assembled_module_runs_its_classes_own_code():
+    back = fp.assemble(*fp.split(cases.live("llama")))
+    assert not [name for name, part in back.named_modules() if "forward" in vars(part)]
 
 
 def test_assemble_is_the_inverse_and_shares_storage():
