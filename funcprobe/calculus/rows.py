@@ -30,7 +30,7 @@ def default_rows(batch, lanes: int = 1) -> int:
 
 
 def keep_pages() -> None:
-    """Makes malloc keep the pages of large blocks that are freed, a tenth of a sweep on a CPU."""
+    """Makes malloc keep the pages of large blocks that are freed: some 6% of a sweep on a CPU."""
     # NOTE [page faults]: glibc returns freed memory to the system, to fault it in again a moment
     # later, until it has once seen a block of up to 32 MiB freed. This one is never touched.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
