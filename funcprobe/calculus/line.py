@@ -10,11 +10,10 @@ from torch import Tensor
 from .curve import EVALUATED, interpolate
 from .increment import increment
 from .precision import exact
-from .rows import default_rows, keep_pages
+from .rows import cut, keep_pages
 from .taylor import taylor
 from .tree import (
     Params,
-    blocks,
     check_direction,
     check_nan,
     concatenate,
@@ -239,15 +238,16 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
     parts = []
     keep_pages()
     with exact():
-        for part in blocks(batch, rows or default_rows(batch, lanes)):
+        cuts, order = cut(batch, rows, lanes)
+        for part in cuts:
             if kind == "direct":
-                even = _even(lanes, part) if float64 else lanes
+                even = _even(lanes, part) if float64 and not hasattr(part, "cut") else lanes
                 parts.append(_direct(fn, params, deltas, k, part, even))
             else:
                 how = {"rules": options["rules"], "matmul": options["matmul"]}
                 parts.append(_increments(fn, params, deltas, k, part, lanes, how, fallbacks))
-    base = concatenate([base for base, _ in parts])
-    change = concatenate([change for _, change in parts], dim=1)
+    base = merge([base for base, _ in parts], order)
+    change = merge([change for _, change in parts], order, dim=1)
     check_nan("sweep (base)", base)
     check_nan("sweep", change, dim=1)
     return base, change, tuple(sorted(fallbacks))
@@ -279,7 +279,7 @@ def _even(lanes: int, part) -> int:
     """At least `lanes`, such that their folded matrices have a multiple of four rows."""
     # NOTE [zero is the base]: vmap folds lanes and rows into one matrix, and MKL's dgemm rounds the
     # last rows past a multiple of four differently. A lane there would differ from the base in
-    # the last bit at the same parameters.
+    # the last bit at the same parameters. A batch that cuts itself sees to it (`Model.layout`).
     sizes = [leaf.numel() for leaf in leaves(part) if leaf.ndim > 1]
     while lanes > 1 and any(lanes * size % 4 for size in sizes):
         lanes += 1

@@ -1,11 +1,12 @@
 """A function of parameters and rows, evaluated block by block of rows."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from .precision import exact
-from .tree import Params, blocks, check_nan, concatenate, leaves, size
+from .tree import Params, blocks, check_nan, leaves, merge, size
 
 # NOTE [block size]: rows and lanes follow from shapes alone, so that results repeat. A block holds
 # about this many elements of the batch's widest leaf, all lanes counted: on a CPU what its caches
@@ -29,6 +30,20 @@ def default_rows(batch, lanes: int = 1) -> int:
     return max(block_size(tensors[0].device) // (max(width, 1) * lanes), 1)
 
 
+def cut(batch, rows: int | None, lanes: int = 1) -> tuple[Iterable, Tensor | None]:
+    """The blocks a batch is computed in, and the original row of each of theirs; None: as it was.
+
+    Args:
+        batch: a tree of tensors with leading N. Where it has a method ``cut(positions)`` that gives
+            blocks and order, that decides, as `Batch` does to waste no token.
+        rows: rows per block in the batch's own order, whatever the batch; None is the default.
+        lanes: parameter points that are computed at once.
+    """
+    if rows is None and hasattr(batch, "cut"):
+        return batch.cut(max(block_size(leaves(batch)[0].device) // lanes, 1))
+    return blocks(batch, rows or default_rows(batch, lanes)), None
+
+
 def keep_pages() -> None:
     """Makes malloc keep the pages of large blocks that are freed: some 6% of a sweep on a CPU."""
     # NOTE [page faults]: glibc returns freed memory to the system, to fault it in again a moment
@@ -44,7 +59,7 @@ def evaluate(fn: Callable, params: Params, batch, *, rows: int | None = None):
         fn: row-separable ``(params, batch) -> tree`` of tensors with leading N.
         params: the trainable parameters.
         batch: a tree of tensors with leading N.
-        rows: rows per block; the default follows from the shapes.
+        rows: rows per block; the default follows from the shapes (see `cut`).
 
     Returns:
         fn's output for all N rows.
@@ -54,6 +69,7 @@ def evaluate(fn: Callable, params: Params, batch, *, rows: int | None = None):
     """
     keep_pages()
     with exact():
-        out = concatenate([fn(params, part) for part in blocks(batch, rows or default_rows(batch))])
+        parts, order = cut(batch, rows)
+        out = merge([fn(params, part) for part in parts], order)
     check_nan("evaluate", out)
     return out

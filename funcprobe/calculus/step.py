@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .precision import exact
-from .rows import REVERSE, default_rows
+from .rows import REVERSE, cut, default_rows
 from .tree import Params, blocks, check_direction, check_names, concatenate, leaves, norm, tree_map
 
 
@@ -45,7 +45,7 @@ def gradient(fn: Callable, params: Params, batch, *, rows: int | None = None) ->
     """
     total = None
     with torch.no_grad(), exact():
-        for part in blocks(batch, rows or default_rows(batch, REVERSE)):
+        for part in cut(batch, rows, REVERSE)[0]:
             grads = torch.func.grad(_sum(fn))(params, part)
             total = grads if total is None else tree_map(torch.add, total, grads)
     check_direction("gradient", total, params)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .packing import cut
+
 
 class Batch(NamedTuple):
     """Sequences and what an objective needs to know of them; every leaf has leading N.
@@ -28,6 +30,21 @@ class Batch(NamedTuple):
     def rows(self, index) -> "Batch":
         """The rows that `index` (a slice, an integer or boolean tensor) selects."""
         return Batch(*(leaf[index] for leaf in self))
+
+    def cut(self, tokens: int) -> tuple[list["Batch"], Tensor]:
+        """As `by_length`, with all R response slots in every block.
+
+        Functions that take a batch block by block cut it so where they are not told the rows.
+        """
+        if tokens < 1:
+            raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
+        index = cut(self, tokens)
+        blocks = [self.rows(rows.to(self.tokens.device)) for rows in index]
+        widths = [max(int(block.attention.sum(1).max()), 1) for block in blocks]
+        return [
+            block._replace(tokens=block.tokens[:, :width], attention=block.attention[:, :width])
+            for block, width in zip(blocks, widths, strict=True)
+        ], torch.cat(index)
 
     def to(self, device) -> "Batch":
         """The same batch on `device`."""
@@ -108,9 +125,12 @@ def collate(
 def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
     """Cuts a batch into blocks of rows of similar length, each trimmed to its longest row.
 
+    Rows of one prompt come one after another, since a scorer reads their prompt once.
+
     Args:
         batch: N rows.
-        tokens: rows times positions of a block, at most; a longer single row is a block of its own.
+        tokens: sequences times positions of a block, at most, where rows that share a prompt are
+            one sequence; a longer single sequence is a block of its own.
 
     Returns:
         The blocks, and `order` [N] int64 with ``batch.rows(order)`` equal to the blocks one after
@@ -124,17 +144,8 @@ def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
     >>> [tuple(block.tokens.shape) for block in blocks], order.tolist()
     ([(1, 5), (2, 3)], [0, 2, 1])
     """
-    if tokens < 1:
-        raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
-    length = batch.attention.sum(1)
-    order = torch.argsort(length, descending=True, stable=True)
-    blocks, start = [], 0
-    while start < len(order):
-        longest = max(int(length[order[start]]), 1)
-        stop = start + max(tokens // longest, 1)
-        blocks.append(trim(batch.rows(order[start:stop])))
-        start = stop
-    return blocks, order
+    blocks, order = batch.cut(tokens)
+    return [trim(block) for block in blocks], order
 
 
 def trim(batch: Batch) -> Batch:

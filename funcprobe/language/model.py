@@ -1,8 +1,10 @@
 """A PEFT model split once into pure functions and two dicts: frozen `base`, trainable `params`."""
 
 import copy
+import math
+import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel
@@ -13,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from . import attention
 from .batch import Batch, collate
 from .float64 import Float64, rotary_frequencies
+from .packing import SHARED, Layout, by_row, pack, visible
 from .skeleton import make_skeleton, refuse, restore_forward, set_attention, unwrap
 
 Params = dict[str, Tensor]
@@ -29,6 +32,7 @@ class Model:
     implementation: str | None  # of attention, that the caller's module ran with
     float64: bool  # computes in float64 throughout
     vocabulary: int  # V
+    shares: int  # the longest rows whose prompt it reads once for several responses; 0: never
     _body: nn.Module
     _head: nn.Module
     _names: frozenset[str]  # of params and base together
@@ -36,7 +40,20 @@ class Model:
     _head_names: dict[str, str]  # the head's own name of a tensor -> its name in params or base
 
     def hidden(self, params: Params, base: Params, batch: Batch) -> Tensor:
-        """The final hidden states that predict the response tokens, [N, R, D].
+        """The final hidden states that predict the response tokens, [N, R, D], row by row."""
+        return self.states(params, base, by_row(batch)).unflatten(0, batch.position.shape)
+
+    def layout(self, batch: Batch) -> Layout:
+        """How this model reads a batch at least cost: by `pack` where the tokens can be seen."""
+        if torch.func.debug_unwrap(batch.tokens, recurse=False) is not batch.tokens:
+            return by_row(batch)
+        # NOTE [fours]: vmap folds lanes and tokens into one matrix, and MKL's dgemm rounds the rows
+        # past a multiple of four differently; so every lane of the same parameters is the same.
+        least = SHARED if batch.tokens.shape[1] <= self.shares else math.inf
+        return pack(batch, least=least, multiple=4 if self.float64 else 1)
+
+    def states(self, params: Params, base: Params, layout: Layout) -> Tensor:
+        """The final hidden states at the places that a layout reads, [T, D].
 
         Right padding lies in every token's future, so the causal mask alone is exact.
         """
@@ -44,10 +61,14 @@ class Model:
         self._check(tensors)
         whole = {f"whole.{name}": tensor for name, tensor in tensors.items()}
         whole |= {f"whole.{other}": tensors[name] for other, name in self._aliases.items()}
-        inputs = {"input_ids": batch.tokens, "use_cache": False}
+        inputs = {"input_ids": layout.tokens, "use_cache": False}
+        if layout.segment is not None:
+            dtype = next(t.dtype for t in base.values() if t.is_floating_point())
+            inputs["attention_mask"] = visible(layout.segment, dtype)
+            inputs["position_ids"] = layout.place
         with self.precision():
             states = _call(self._body, whole, inputs).last_hidden_state
-            return torch.take_along_dim(states, batch.position.unsqueeze(-1), dim=1)
+            return states.flatten(0, 1).index_select(0, layout.read)
 
     def head(
         self, params: Params, base: Params, hidden: Tensor, tokens: slice = slice(None)
@@ -120,7 +141,7 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     base = {name: tensor for name, tensor in tensors.items() if name not in trainable}
     model = _model(skeleton, twins, getattr(module.config, "_attn_implementation", None), float64)
     _self_check(model, params, base)
-    return model, params, base
+    return replace(model, shares=_shares(model, params, base)), params, base
 
 
 def assemble(model: Model, params: Params, base: Params) -> nn.Module:
@@ -184,6 +205,7 @@ def _model(
         implementation,
         float64,
         vocabulary,
+        0,
         _Body(skeleton, decoder),
         head,
         frozenset(names.values()),
@@ -241,6 +263,31 @@ def _self_check(model: Model, params: Params, base: Params) -> None:
         if torch.allclose(attends, ours, rtol=0.0, atol=1e2 * rounding * float(scale)):
             set_attention(model.skeleton, attention.NAME)
         _check_derivative(model, params, base, batch)
+
+
+@torch.no_grad()
+def _shares(model: Model, params: Params, base: Params) -> int:
+    """The longest rows whose prompts the model can share: where no attention window binds.
+
+    0 where positions and a mask of our own do not give what the rows by themselves give.
+    """
+    device = next(iter(params.values())).device
+    batch = collate([[1, 2, 3]] * 2, [[2, 1], [3, 3, 1]]).to(device)
+    apart = model.states(params, base, pack(batch, least=math.inf))
+    try:
+        together = model.states(params, base, pack(batch, least=1))
+    except Exception:  # whatever an architecture raises that takes no positions, or no such mask
+        return 0
+    rounding = max(torch.finfo(t.dtype).eps for t in base.values() if t.is_floating_point())
+    if not (together - apart).norm() < rounding**0.5 * apart.norm():
+        return 0
+    configs = [getattr(m, "config", None) for m in model.skeleton.modules()]
+    windows = [
+        getattr(config, name, None)
+        for config in configs
+        for name in ("sliding_window", "attention_chunk_size")
+    ]
+    return min((w for w in windows if isinstance(w, int) and w > 0), default=sys.maxsize)
 
 
 def _check_derivative(model: Model, params: Params, base: Params, batch: Batch) -> None:

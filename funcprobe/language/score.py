@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import Batch, targets
+from .batch import Batch
 from .model import Model, Params
 
 _CHUNK_BYTES = 2**24  # of logits at a time, per lane
@@ -114,11 +114,12 @@ def scorer(
     def score(params: Params, batch: Batch) -> Scores | Readings:
         policies = [params] if reference is None else [params, reference]
         fixed = support if sampling.top_p < 1 else None
+        layout = model.layout(batch)
         hidden = [
-            model.hidden(p, base, batch).flatten(0, 1)
+            model.states(p, base, layout)
             for p in (policies if fixed is None else [*policies, fixed])
         ]
-        target = targets(batch).flatten()
+        target = layout.target
         whole = readout is not None or fixed is not None
         width = model.vocabulary if whole else min(_WIDTH, model.vocabulary)
         rows = chunk or max(_CHUNK_BYTES // (4 * width), 1)
@@ -138,9 +139,7 @@ def scorer(
         flat = (torch.cat(part) for part in zip(*parts, strict=True))
         zero = hidden[0].new_zeros(())
         kind = Scores if readout is None else Readings
-        return kind(
-            *(torch.where(batch.response, f.unflatten(0, batch.response.shape), zero) for f in flat)
-        )
+        return kind(*(torch.where(batch.response, f[layout.slot], zero) for f in flat))
 
     return score
 

@@ -48,14 +48,16 @@ def load_model(rank: int) -> nn.Module:
     return model.eval()
 
 
-def ragged(rows: int) -> fp.Batch:
-    """Random tokens in rows of 40 to 160 prompt and 16 to 80 response tokens."""
+def ragged(rows: int, responses: int = 1) -> fp.Batch:
+    """Random tokens: prompts of 40 to 160, and so many responses of 16 to 80 to each."""
     rng = random.Random(0)
 
     def ids(low: int, high: int) -> list[int]:
         return [rng.randrange(100, 40000) for _ in range(rng.randint(low, high))]
 
-    return fp.collate([ids(40, 160) for _ in range(rows)], [ids(16, 80) for _ in range(rows)])
+    prompts = [ids(40, 160) for _ in range(rows // responses)]
+    prompts = [prompt for prompt in prompts for _ in range(responses)]
+    return fp.collate(prompts, [ids(16, 80) for _ in prompts])
 
 
 def padded(batch: fp.Batch, order: torch.Tensor) -> list[fp.Batch]:
