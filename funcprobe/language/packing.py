@@ -1,4 +1,4 @@
-"""Which rows of a batch go together, and how the model reads them: a prompt once for its responses."""
+"""How the model reads a batch: rows of like length together, a prompt once for its responses."""
 
 from __future__ import annotations
 
@@ -95,31 +95,33 @@ def visible(segment: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cut(batch: Batch, tokens: int) -> list[Tensor]:
     """The rows of each block: those of one prompt together, sequences of like length together."""
-    rows, prompt = batch.tokens.cpu().numpy(), (batch.position[:, 0] + 1).tolist()
-    steps, ids = batch.response.sum(1).tolist(), {}
-    names = [ids.setdefault(row[:p].tobytes(), i) for i, (row, p) in enumerate(zip(rows, prompt))]
-    order = sorted(range(len(names)), key=names.__getitem__)
+    prompt, steps = (batch.position[:, 0] + 1).tolist(), batch.response.sum(1).tolist()
+    rows = zip(batch.tokens.cpu().numpy(), prompt, strict=True)
+    names = [row[:length].tobytes() for row, length in rows]
+    ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    order = sorted(range(len(names)), key=lambda i: ids[names[i]])
     same = [
         prompt[i] >= SHARED and names[i] == names[before]
         for i, before in zip(order, [*order[:1], *order], strict=False)
     ]
-    sequence, start = _sequences([prompt[i] for i in order], [steps[i] for i in order], same)
+    found = _sequences([prompt[i] for i in order], [steps[i] for i in order], same)
     members: dict[int, list[int]] = {}
-    for i, s in zip(order, sequence, strict=True):
-        members.setdefault(s, []).append(i)
-    length = {s: a + steps[i] for i, s, a in zip(order, sequence, start, strict=True)}
-    blocks, longest, held = [], 0, 0
-    for s in sorted(length, key=length.__getitem__, reverse=True):
+    length: dict[int, int] = {}
+    for i, sequence, start in zip(order, *found, strict=True):
+        members.setdefault(sequence, []).append(i)
+        length[sequence] = start + steps[i]
+    blocks, held, longest = [], 0, 0
+    for sequence in sorted(length, key=length.__getitem__, reverse=True):
         if not blocks or (held + 1) * longest > tokens:
             blocks.append([])
-            longest, held = length[s], 0
-        blocks[-1] += members[s]
+            held, longest = 0, length[sequence]
+        blocks[-1] += members[sequence]
         held += 1
     return [torch.tensor(block) for block in blocks]
 
 
 def _sequences(prompt: list[int], steps: list[int], same: list) -> tuple[list[int], list[int]]:
-    """Each row's sequence, and where in it its response starts; `same`: prompt as the row before."""
+    """Each row's sequence, and where its response starts; `same`: it may join the row before."""
     sequence, start, end = [], [], 0
     for p, t, joins in zip(prompt, steps, same, strict=True):
         if sequence and joins and end + t <= _SEQUENCE:
