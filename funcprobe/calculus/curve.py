@@ -19,6 +19,7 @@ from .tree import leaves, tree_map
 EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source
 
 _FIRST, _MORE, _MOST = 5, 2, 33  # evaluations at first, at a time after that, and at most
+_ROUNDINGS = 64  # of the values' precision: more nodes mend no error below that
 
 
 def interpolate(
@@ -32,7 +33,7 @@ def interpolate(
         etas: [K] float64 where the changes are wanted.
         degree: of the polynomial in change / eta; None adds nodes until the error of every element
             of the curve without the last two is below `tol` times the largest change.
-        tol: see `degree`.
+        tol: see `degree`; 64 roundings of the values' precision if it is less.
 
     Returns:
         The changes at `etas`, leading K; a bound [K] on the interpolation's error in any element,
@@ -47,6 +48,8 @@ def interpolate(
         return zero, torch.zeros_like(etas), torch.full(etas.shape, LAW, dtype=torch.int8)
     nodes = _leja(low, high, _MOST if degree is None else degree)
     g = tree_map(lambda s: s.double().unsqueeze(0), slope)
+    precision = max(torch.finfo(s.dtype).eps for s in leaves(slope))
+    tol = max(tol, _ROUNDINGS * precision)
     while True:
         have = len(leaves(g)[0])
         stop = have + (_FIRST if have == 1 else _MORE) if degree is None else degree + 1
@@ -74,7 +77,7 @@ def interpolate(
     source[torch.isin(etas, known)] = EVALUATED
     source[etas == 0] = LAW
     # The evaluations' own rounding is not in it, the interpolation's is.
-    rounding = 16 * max(torch.finfo(s.dtype).eps for s in leaves(slope)) * size
+    rounding = 16 * precision * size
     bound = torch.where(source == INTERPOLATED, etas.abs() * (error + rounding), 0.0)
     return curve, bound, source
 

