@@ -12,7 +12,7 @@ Needed = tuple[bool, ...]
 
 
 def recompute(fn: Callable[..., Tensors], *inputs: Tensor, pull: Callable | None = None) -> Tensors:
-    """``fn(*inputs)``, of which reverse mode keeps inputs and outputs alone, to any order.
+    """``fn(*inputs)``, of which reverse mode keeps the inputs alone, to any order.
 
     What `fn` holds while it runs is never held for a backward pass, which computes it again. The
     backward pass is recomputed likewise where it is itself differentiated. Forward mode and
@@ -24,7 +24,8 @@ def recompute(fn: Callable[..., Tensors], *inputs: Tensor, pull: Callable | None
             alone: a derivative in anything else would be lost. See `closed`.
         inputs: tensors.
         pull: ``(needed, inputs, outputs, cotangents) -> cotangents of the inputs``, in operations
-            that have derivatives, None where not needed; the default differentiates `fn`.
+            that have derivatives, None where not needed; the outputs are then kept too. The default
+            differentiates `fn`.
 
     >>> x = torch.tensor(3.0)
     >>> cube = lambda x: recompute(lambda x: (x**3,), x)[0]
@@ -34,7 +35,7 @@ def recompute(fn: Callable[..., Tensors], *inputs: Tensor, pull: Callable | None
     plain = all(type(x) is Tensor or isinstance(x, nn.Parameter) for x in inputs)
     if not (plain and torch.is_grad_enabled()) or _forward_mode() or not _followed(inputs):
         return fn(*inputs)
-    return _Recomputed.apply(fn, pull or partial(_pull, fn), *inputs)
+    return _Recomputed.apply(fn, pull, *inputs)
 
 
 def pull_back(
@@ -90,12 +91,14 @@ class _Recomputed(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         ctx.fn, ctx.pull, *tensors = inputs
         ctx.split = len(tensors)
-        ctx.save_for_backward(*tensors, *output)
+        ctx.save_for_backward(*tensors, *(() if ctx.pull is None else output))
 
     @staticmethod
     def backward(ctx, *cotangents: Tensor):
         saved, needed = ctx.saved_tensors, tuple(ctx.needs_input_grad[2:])
         inputs, outputs = saved[: ctx.split], saved[ctx.split :]
+        if ctx.pull is None:
+            return None, None, *_pull(ctx.fn, needed, inputs, cotangents)
         return None, None, *ctx.pull(needed, inputs, outputs, cotangents)
 
     @staticmethod
@@ -104,11 +107,11 @@ class _Recomputed(torch.autograd.Function):
         inputs = [
             x if d is None else x.movedim(d, 0) for x, d in zip(inputs, in_dims[2:], strict=True)
         ]
-        batched = torch.func.vmap(fn, in_dims=dims)
-        return _Recomputed.apply(batched, partial(_pull_lanes, pull, dims), *inputs), 0
+        lanes = None if pull is None else partial(_pull_lanes, pull, dims)
+        return _Recomputed.apply(torch.func.vmap(fn, in_dims=dims), lanes, *inputs), 0
 
 
-def _pull(fn: Callable, needed: Needed, inputs: Tensors, outputs: Tensors, cotangents: Tensors):
+def _pull(fn: Callable, needed: Needed, inputs: Tensors, cotangents: Tensors):
     """The cotangents of the inputs of `fn`, by differentiating it."""
     n = len(inputs)
 

@@ -78,20 +78,25 @@ def head_scores(
     def pull(needed: Needed, inputs: Tensors, outputs: Tensors, cotangents: Tensors):
         (hidden, target, *tensors), (_, *seen) = inputs, outputs
         moves = (needed[0], *needed[2:])
-        parts = [
-            recompute(
-                partial(_pull_slice, read, moves, start),
-                *(hidden, target, *seen, *cotangents[:3], *some),
-            )
-            for start, some in cut(tensors)
-        ]
         joined = [some for some, moving in zip((False, *by_token), moves, strict=True) if moving]
-        grads = (
-            torch.cat(each) if some else _sum(each)
-            for some, each in zip(joined, zip(*parts, strict=True), strict=True)
+        total = [[] if some else None for some in joined]
+        for start, own in cut(tensors):
+            of_slice = partial(_pull_slice, read, moves, start)
+            parts = recompute(of_slice, hidden, target, *seen, *cotangents[:3], *own)
+            for i, part in enumerate(parts):
+                if joined[i]:
+                    total[i].append(part)
+                else:
+                    # In at least float32.
+                    part = part.to(torch.promote_types(part.dtype, torch.float32))
+                    total[i] = part if total[i] is None else total[i] + part
+        grads = (torch.cat(g) if some else g for g, some in zip(total, joined, strict=True))
+        kinds = (hidden, *tensors)
+        first, *rest = (
+            next(grads).to(x.dtype) if moving else None
+            for x, moving in zip(kinds, moves, strict=True)
         )
-        each = [next(grads) if moving else None for moving in moves]
-        return each[0], None, *each[1:]
+        return first, None, *rest
 
     return recompute(forward, hidden, target, *tensors, pull=pull)[:2]
 
@@ -146,15 +151,6 @@ def _pull_slice(
         return out.scatter_add(-1, index, torch.where(here, to_logp, 0.0).unsqueeze(-1))
 
     return pull_back(read, moves, (hidden, *tensors), cotangent)
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    """In at least float32, then as they were."""
-    total = None
-    for part in parts:
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        total = wide if total is None else total + wide
-    return total.to(part.dtype)
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
