@@ -272,6 +272,11 @@ def _doubts(swept, evaluation: Batch, rounded: Rounding | None, off_policy: bool
             f"rounding drowns the change below eta = {rounded.floor:.2g}. Use change='increment' "
             "in full precision, or load the checkpoint in float64."
         )
+    if swept.shrunk:
+        found.append(
+            f"memory ran out {len(swept.shrunk)} times in the sweep, first: {swept.shrunk[0]}. The "
+            "results are as good; pass a smaller tokens= to save the time."
+        )
     if swept.fallbacks:
         found.append(
             f"no increment rule for {', '.join(swept.fallbacks)}: subtracted there, with rounding. "

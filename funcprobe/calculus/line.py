@@ -10,7 +10,7 @@ from torch import Tensor
 from .curve import EVALUATED, interpolate
 from .increment import increment
 from .precision import exact
-from .rows import cut, keep_pages
+from .rows import cut, fitting, keep_pages
 from .taylor import taylor
 from .tree import (
     Params,
@@ -34,6 +34,7 @@ class Sweep(NamedTuple):
     bound: Tensor  # [K] float64, error bound where interpolated, 0 where evaluated
     source: Tensor  # [K] int8: EVALUATED, INTERPOLATED, or LAW (zero at eta = 0)
     fallbacks: tuple[str, ...] = ()  # operations whose increments were subtractions
+    shrunk: tuple[str, ...] = ()  # blocks that memory forced into smaller ones
 
 
 def changes(
@@ -162,9 +163,9 @@ def sweep_blocks(
     every = _along(v, params, etas)
     for part in parts:
         if nodes is None:
-            base, changed, fallbacks = _changes(fn, params, every, len(etas), part, options)
+            base, changed, *said = _changes(fn, params, every, len(etas), part, options)
             source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
-            yield Sweep(etas, base, changed, torch.zeros_like(etas), source, fallbacks)
+            yield Sweep(etas, base, changed, torch.zeros_like(etas), source, *said)
             continue
         runs = []
 
@@ -179,7 +180,8 @@ def sweep_blocks(
         degree = None if nodes == "auto" else nodes
         changed, bound, source = interpolate(at, slope, etas, degree, tol)
         fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
-        yield Sweep(etas, runs[0][0] if runs else base, changed, bound, source, fallbacks)
+        shrunk = tuple(note for run in runs for note in run[3])
+        yield Sweep(etas, runs[0][0] if runs else base, changed, bound, source, fallbacks, shrunk)
 
 
 def _along(v: Params, params: Params, etas: Tensor) -> Callable[[int, int, int], Params]:
@@ -219,6 +221,7 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
         bound=torch.stack([s.bound for s in sweeps]).amax(0),
         source=torch.stack([s.source for s in sweeps]).amax(0),
         fallbacks=tuple(sorted({name for s in sweeps for name in s.fallbacks})),
+        shrunk=tuple(note for s in sweeps for note in s.shrunk),
     )
 
 
@@ -236,22 +239,27 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
     lanes = lanes or min(k + (kind == "direct"), _LANES)
     float64 = any(p.dtype == torch.float64 for p in params.values())
     fallbacks: set[str] = set()
-    parts = []
+    how = {"rules": options["rules"], "matmul": options["matmul"]}
+
+    def of_block(part, lanes: int):
+        if kind == "direct":
+            even = _even(lanes, part) if float64 and not hasattr(part, "cut") else lanes
+            return _direct(fn, params, deltas, k, part, even)
+        return _increments(fn, params, deltas, k, part, lanes, how, fallbacks)
+
+    parts, shrunk = [], ()
     keep_pages()
     with exact():
         cuts, order = cut(batch, rows, lanes)
         for part in cuts:
-            if kind == "direct":
-                even = _even(lanes, part) if float64 and not hasattr(part, "cut") else lanes
-                parts.append(_direct(fn, params, deltas, k, part, even))
-            else:
-                how = {"rules": options["rules"], "matmul": options["matmul"]}
-                parts.append(_increments(fn, params, deltas, k, part, lanes, how, fallbacks))
+            some, notes = fitting(of_block, part, lanes)
+            parts += some
+            shrunk += notes
     base = merge([base for base, _ in parts], order)
     change = merge([change for _, change in parts], order, dim=1)
     check_nan("sweep (base)", base)
     check_nan("sweep", change, dim=1)
-    return base, change, tuple(sorted(fallbacks))
+    return base, change, tuple(sorted(fallbacks)), shrunk
 
 
 def _direct(fn, params, deltas, k: int, part, lanes: int):

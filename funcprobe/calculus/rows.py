@@ -1,5 +1,6 @@
 """A function of parameters and rows, evaluated block by block of rows."""
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -44,6 +45,55 @@ def cut(batch, rows: int | None, lanes: int = 1) -> tuple[Iterable, Tensor | Non
     return blocks(batch, rows or default_rows(batch, lanes)), None
 
 
+def fitting(run: Callable, part, lanes: int = 1) -> tuple[list, tuple[str, ...]]:
+    """``[run(part, lanes)]``, or where memory runs out the same in halves: of rows, then of lanes.
+
+    Each half is one call, so whatever `run` computes together (the base and every learning rate)
+    it computes in the same blocks still: a change of zero stays exactly zero.
+
+    Args:
+        run: ``(part, lanes) -> result``, row-separable, free of effects.
+        part: a tree of tensors with leading N.
+        lanes: parameter points at a time.
+
+    Returns:
+        The results in the rows' order, and one line for each time memory ran out; warned of too.
+
+    Raises:
+        MemoryError: one row and one lane do not fit.
+    """
+    try:
+        return [run(part, lanes)], ()
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        why = str(error).splitlines()[0]
+    # Outside the handler, whose traceback holds what the call had made.
+    n = size(part)
+    if n == lanes == 1:
+        raise MemoryError(
+            f"one row at one parameter point does not fit into memory ({why}). Use shorter rows, a "
+            "base in lower precision, or a device with more memory."
+        )
+    if n > 1:
+        halves, fewer, now = list(blocks(part, -(-n // 2))), lanes, f"{-(-n // 2)} x {lanes}"
+    else:
+        halves, fewer, now = [part], lanes // 2, f"1 x {lanes // 2}"
+    note = f"out of memory at {n} x {lanes} (rows x lanes), computed again at {now}"
+    warnings.warn(f"{note}: {why}", stacklevel=2)
+    results, notes = [], (note,)
+    for half in halves:
+        some, more = fitting(run, half, fewer)
+        results += some
+        notes += more
+    return results, notes
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    says = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in says)
+
+
 def keep_pages() -> None:
     """Makes malloc keep the pages of large blocks that are freed: some 6% of a sweep on a CPU."""
     # NOTE [page faults]: glibc returns freed memory to the system, to fault it in again a moment
@@ -68,8 +118,11 @@ def evaluate(fn: Callable, params: Params, batch, *, rows: int | None = None):
         ValueError: the output holds nan; the rows are named.
     """
     keep_pages()
+    parts = []
     with exact():
-        parts, order = cut(batch, rows)
-        out = merge([fn(params, part) for part in parts], order)
+        cuts, order = cut(batch, rows)
+        for part in cuts:
+            parts += fitting(lambda part, _: fn(params, part), part)[0]
+    out = merge(parts, order)
     check_nan("evaluate", out)
     return out

@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from .precision import exact
-from .rows import REVERSE, cut, default_rows
-from .tree import Params, blocks, check_direction, check_names, concatenate, leaves, norm, tree_map
+from .rows import REVERSE, cut, fitting
+from .tree import (
+    Params,
+    check_direction,
+    check_names,
+    leaves,
+    merge,
+    norm,
+    size,
+    tree_map,
+)
 
 
 class AdamState(NamedTuple):
@@ -46,8 +55,8 @@ def gradient(fn: Callable, params: Params, batch, *, rows: int | None = None) ->
     total = None
     with torch.no_grad(), exact():
         for part in cut(batch, rows, REVERSE)[0]:
-            grads = torch.func.grad(_sum(fn))(params, part)
-            total = grads if total is None else tree_map(torch.add, total, grads)
+            for grads in fitting(lambda part, _: _gradient(fn, params, part), part)[0]:
+                total = grads if total is None else tree_map(torch.add, total, grads)
     check_direction("gradient", total, params)
     return total
 
@@ -63,20 +72,20 @@ def row_gradients(fn: Callable, params: Params, batch, *, rows: int | None = Non
         ValueError: a gradient is not finite.
     """
 
-    def of_row(params, row):
-        return _sum(fn)(params, tree_map(lambda leaf: leaf.unsqueeze(0), row))
+    def of_row(row):
+        return _gradient(fn, params, tree_map(lambda leaf: leaf.unsqueeze(0), row))
 
-    each = torch.func.grad(of_row)
+    def of_rows(part, _):
+        if size(part) == 1:
+            return tree_map(lambda g: g.unsqueeze(0), _gradient(fn, params, part))
+        return torch.func.vmap(of_row)(part)
+
     parts = []
     with torch.no_grad(), exact():
-        for part in blocks(batch, rows or default_rows(batch, REVERSE)):
-            if rows == 1:
-                parts.append(
-                    tree_map(lambda g: g.unsqueeze(0), torch.func.grad(_sum(fn))(params, part))
-                )
-            else:
-                parts.append(torch.func.vmap(each, in_dims=(None, 0))(params, part))
-    out = concatenate(parts)
+        cuts, order = cut(batch, rows, REVERSE)
+        for part in cuts:
+            parts += fitting(of_rows, part)[0]
+    out = merge(parts, order)
     check_direction(
         "row_gradients", out, {k: g.expand(len(out[k]), *g.shape) for k, g in params.items()}
     )
@@ -248,8 +257,10 @@ def decompose(step: Affine, row_grads: Params) -> tuple[Params, Params, Params]:
     return step.momentum, step.decay, rows
 
 
-def _sum(fn: Callable) -> Callable:
-    return lambda params, batch: sum(leaf.sum() for leaf in leaves(fn(params, batch)))
+def _gradient(fn: Callable, params: Params, part) -> Params:
+    """Of the sum of fn. `torch.func.grad` would also keep a graph of its backward pass."""
+    out, back = torch.func.vjp(lambda p: sum(leaf.sum() for leaf in leaves(fn(p, part))), params)
+    return back(torch.ones_like(out), retain_graph=False, create_graph=False)[0]
 
 
 def _clip(where: str, grads: Params, max_grad_norm: float | None) -> Tensor:

@@ -70,25 +70,22 @@ class Model:
             states = _call(self._body, whole, inputs).last_hidden_state
             return states.flatten(0, 1).index_select(0, layout.read)
 
-    def head(
-        self, params: Params, base: Params, hidden: Tensor, tokens: slice = slice(None)
-    ) -> Tensor:
+    def head(self, params: Params, base: Params, hidden: Tensor) -> Tensor:
         """Logits [..., T, V] of hidden states [..., T, D]: the module's own head and scalings.
 
-        `tokens` gives those of a slice of the vocabulary only.
+        Of a slice of the vocabulary, where each tensor that leads with V is given in that slice.
         """
         tensors = {
             own: params[name] if name in params else base[name]
             for own, name in self._head_names.items()
         }
-        if tokens != slice(None):
-            # Whatever leads with V is by token: the weight, its bias, an adapter's B.
-            tensors = {
-                own: t[tokens] if t.shape[:1] == (self.vocabulary,) else t
-                for own, t in tensors.items()
-            }
         with self.precision():
             return _call(self._head, tensors, {"inputs_embeds": hidden, "use_cache": False}).logits
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names in params and base of the tensors that `head` uses."""
+        return tuple(dict.fromkeys(self._head_names.values()))
 
     def _check(self, tensors: Params) -> None:
         if tensors.keys() != self._names:

@@ -1,6 +1,6 @@
 """Log-probability and entropy, or a readout, of every response token; the head in chunks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .batch import Batch
 from .model import Model, Params
+from .recompute import closed, recompute
+from .softmax import head_scores, logp_and_entropy, nucleus
 
 _CHUNK_BYTES = 2**24  # of logits at a time, per lane
 _WIDTH = 4096  # tokens of the vocabulary at a time: their logits stay in a CPU's cache
@@ -68,12 +70,12 @@ def scorer(
         sampling: the policy's temperature and top-p.
         support: parameters whose nucleus is held fixed; required if ``top_p < 1``, it costs one
             forward more.
-        readout: ``(logits [T, V], target [T]) -> [T]``, of the logits over the temperature, -inf
-            outside the nucleus; see `readouts`.
+        readout: ``(logits [T, V], target [T]) -> [T]``, a function of its arguments alone: the
+            logits over the temperature, -inf outside the nucleus; see `readouts`.
         reference: parameters whose logits, under the same settings, the readout gets as a third
             argument; they stay fixed, and cost one forward more.
         chunk: response positions per pass through the head; the default fills 16 MiB of logits.
-            It bounds memory and changes results by rounding only.
+            It bounds memory, forward and backward, and changes results by rounding only.
 
     Returns:
         ``fn(params, batch) -> Scores``, or `Readings` with a readout; arrays [N, R];
@@ -94,12 +96,28 @@ def scorer(
             "readouts.expected_kl for instance."
         )
 
-    def read(params: Params, hidden: Tensor, tokens: slice = slice(None)) -> Tensor:
-        out = model.head(params, base, hidden.unsqueeze(0), tokens).squeeze(0)
+    narrow, names = sampling.top_p < 1, model.head_names
+    # A temperature to differentiate in goes where the head's own tensors do.
+    heat = [sampling.temperature] if isinstance(sampling.temperature, Tensor) else []
+
+    def of_head(params: Params) -> list[Tensor]:
+        return [params[name] if name in params else base[name] for name in names] + heat
+
+    def read(hidden: Tensor, *tensors: Tensor) -> Tensor:
+        own = dict(zip(names, tensors, strict=not heat))
+        out = model.head({}, own, hidden.unsqueeze(0)).squeeze(0)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
+        if heat:
+            return out / tensors[-1]
         return out if sampling.temperature == 1 else out / sampling.temperature
 
-    def say(target: Tensor, *logits: Tensor) -> tuple[Tensor, Tensor]:
+    def say(target: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each policy the hidden states and the head's tensors, the fixed one's the last."""
+        each = 1 + len(names) + len(heat)
+        logits = [read(*inputs[i : i + each]) for i in range(0, len(inputs), each)]
+        if narrow:
+            outside = ~nucleus(logits.pop(), sampling.top_p)
+            logits = [z.masked_fill(outside, -torch.inf) for z in logits]
         logp, entropy = logp_and_entropy(logits[:1], target)
         if readout is None:
             return logp, entropy
@@ -111,31 +129,33 @@ def scorer(
             )
         return logp, value
 
+    def alone(device: torch.device) -> bool:
+        """Whether the readout may be computed again: it holds nothing that is differentiated."""
+        z = torch.zeros(1, model.vocabulary, device=device)
+        target = torch.zeros(1, dtype=torch.int64, device=device)
+        references = [] if reference is None else [z]
+        return not torch.is_grad_enabled() or closed(readout, z, target, *references)
+
     def score(params: Params, batch: Batch) -> Scores | Readings:
-        policies = [params] if reference is None else [params, reference]
-        fixed = support if sampling.top_p < 1 else None
+        policies = [params]
+        policies += [] if reference is None else [reference]
+        policies += [support] if narrow else []
         layout = model.layout(batch)
-        hidden = [
-            model.states(p, base, layout)
-            for p in (policies if fixed is None else [*policies, fixed])
-        ]
-        target = layout.target
-        whole = readout is not None or fixed is not None
-        width = model.vocabulary if whole else min(_WIDTH, model.vocabulary)
-        rows = chunk or max(_CHUNK_BYTES // (4 * width), 1)
+        hidden, target = [model.states(p, base, layout) for p in policies], layout.target
+        heads = [of_head(p) for p in policies]
+        whole = readout is not None or narrow
+        size = {"vocabulary": model.vocabulary, "width": min(_WIDTH, model.vocabulary)}
+        rows = chunk or max(_CHUNK_BYTES // (4 * size["vocabulary" if whole else "width"]), 1)
+        again = recompute if readout is None or alone(target.device) else _once
         parts = []
         for start in range(0, len(target), rows):
             some = slice(start, start + rows)
-            if not whole:
-                edges = range(0, model.vocabulary, width)
-                slices = (read(params, hidden[0][some], slice(v, v + width)) for v in edges)
-                parts.append(logp_and_entropy(slices, target[some]))
-                continue
-            z = [read(p, h[some]) for p, h in zip(policies, hidden, strict=False)]
-            if fixed is not None:
-                outside = ~nucleus(read(fixed, hidden[-1][some]), sampling.top_p)
-                z = [each.masked_fill(outside, -torch.inf) for each in z]
-            parts.append(say(target[some], *z))
+            if whole:
+                states = zip(hidden, heads, strict=True)
+                inputs = [x for h, tensors in states for x in (h[some], *tensors)]
+                parts.append(again(say, target[some], *inputs))
+            else:
+                parts.append(head_scores(read, hidden[0][some], target[some], heads[0], **size))
         flat = (torch.cat(part) for part in zip(*parts, strict=True))
         zero = hidden[0].new_zeros(())
         kind = Scores if readout is None else Readings
@@ -171,52 +191,5 @@ def with_value(
     return fn
 
 
-def logp_and_entropy(slices: Iterable[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of `target` and entropy of a softmax whose logits arrive in slices.
-
-    With m the largest logit, ``z = logits - m``, ``s = sum e^z`` and ``t = sum z e^z``:
-    ``logp = z_y - log s`` and ``H = log s - t / s``, which does not cancel. The sums are rescaled
-    as m grows, so no more than a slice is held. A logit of -inf has probability 0 and adds nothing
-    to H, in value and in every derivative.
-
-    Args:
-        slices: the logits [..., V] in consecutive slices of the last axis.
-        target: [...] int64, the token whose log-probability is wanted.
-
-    >>> logits = torch.tensor([0.0, 0.0, -torch.inf])
-    >>> logp, entropy = logp_and_entropy(logits.split(2), torch.tensor(1))
-    >>> round(float(logp.exp()), 6), round(float(entropy.exp()), 6)
-    (0.5, 2.0)
-    """
-    start, m = 0, None
-    for logits in slices:
-        largest = logits.amax(-1).detach().clamp(min=torch.finfo(logits.dtype).min)
-        before, m = m, largest if m is None else torch.maximum(m, largest)
-        # e^z is exactly 0 there in float64 already, and the clamp stops the tangent of an infinity.
-        z = (logits - m.unsqueeze(-1)).clamp(min=-1e4)
-        e = z.exp()
-        s_here, t_here = e.sum(-1), (z * e).sum(-1)
-        y_here = logits.gather(-1, (target - start).clamp(0, logits.shape[-1] - 1).unsqueeze(-1))
-        y_here = y_here.squeeze(-1)
-        if before is None:
-            s, t, y = s_here, t_here, y_here
-        else:
-            lower = before - m
-            scale = lower.exp()
-            s, t = s * scale + s_here, (t + lower * s) * scale + t_here
-            y = torch.where(target >= start, y_here, y)
-        start += logits.shape[-1]
-    log_s = s.log()
-    return y - m - log_s, log_s - t / s
-
-
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The smallest set of tokens with probability at least `top_p`, [..., V] bool.
-
-    The same rule as Hugging Face's sampler: tokens are dropped, least likely first, while their
-    cumulative probability is at most ``1 - top_p``; the likeliest always stays.
-    """
-    ascending, index = logits.sort(-1)
-    keep = ascending.softmax(-1).cumsum(-1) > 1 - top_p
-    keep[..., -1] = True
-    return torch.zeros_like(keep).scatter(-1, index, keep)
+def _once(fn: Callable, *inputs: Tensor):
+    return fn(*inputs)
