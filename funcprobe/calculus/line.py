@@ -65,7 +65,8 @@ def changes(
         rules: for "increment", a rule table instead of `RULES`.
         rows: rows per block; the default follows from the shapes and `lanes`.
         lanes: parameter points per block, of "direct" the base among them; 1 is the plain loop.
-            The default takes all, at most 8; in float64 a block of odd size takes up to 3 more.
+            The default shares them out over turns of at most 8; in float64 a block of odd size
+            takes up to 3 more.
             Memory grows with ``rows * lanes``, not with K.
 
     Returns:
@@ -167,21 +168,19 @@ def sweep_blocks(
             source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
             yield Sweep(etas, base, changed, torch.zeros_like(etas), source, *said)
             continue
+        base, slope = taylor(fn, params, v, part, rows=rows)
         runs = []
 
-        def at(points: Tensor, part=part, runs=runs):
-            most = len(points) + (change == "direct")  # later nodes come two at a time
-            own = options | {"lanes": min(lanes or _LANES, most)}
+        def at(points: Tensor, part=part, runs=runs, base=base):
             some = _along(v, params, points)
-            runs.append(_changes(fn, params, some, len(points), part, own))
+            runs.append(_changes(fn, params, some, len(points), part, options, base))
             return runs[-1][1]
 
-        base, slope = taylor(fn, params, v, part, rows=rows)
         degree = None if nodes == "auto" else nodes
         changed, bound, source = interpolate(at, slope, etas, degree, tol)
         fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
         shrunk = tuple(note for run in runs for note in run[3])
-        yield Sweep(etas, runs[0][0] if runs else base, changed, bound, source, fallbacks, shrunk)
+        yield Sweep(etas, base, changed, bound, source, fallbacks, shrunk)
 
 
 def _along(v: Params, params: Params, etas: Tensor) -> Callable[[int, int, int], Params]:
@@ -226,7 +225,16 @@ def join(sweeps: Iterable[Sweep], order: Tensor | None = None) -> Sweep:
 
 
 @torch.no_grad()
-def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batch, options: dict):
+def _changes(
+    fn,
+    params,
+    deltas: Callable[[int, int, int], Params],
+    k: int,
+    batch,
+    options: dict,
+    base=None,
+):
+    """Base, changes, fallbacks and notes; a base that is given is not computed again."""
     kind, lanes, rows = options["change"], options["lanes"], options["rows"]
     if kind not in ("direct", "increment"):
         raise ValueError(f"change must be 'direct' or 'increment', not {kind!r}.")
@@ -236,7 +244,8 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
             "its rounding. Use change='increment', or leave it out."
         )
     # Increments have the base in every lane, so it needs none of its own.
-    lanes = lanes or min(k + (kind == "direct"), _LANES)
+    before = int(kind == "direct" and base is None)
+    lanes = min(lanes or _balanced(k + before), k + before)
     float64 = any(p.dtype == torch.float64 for p in params.values())
     fallbacks: set[str] = set()
     how = {"rules": options["rules"], "matmul": options["matmul"]}
@@ -244,7 +253,7 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
     def of_block(part, lanes: int):
         if kind == "direct":
             even = _even(lanes, part) if float64 and not hasattr(part, "cut") else lanes
-            return _direct(fn, params, deltas, k, part, even)
+            return _values(fn, params, deltas, k, part, even, before)
         return _increments(fn, params, deltas, k, part, lanes, how, fallbacks)
 
     parts, shrunk = [], ()
@@ -255,33 +264,40 @@ def _changes(fn, params, deltas: Callable[[int, int, int], Params], k: int, batc
             some, notes = fitting(of_block, part, lanes)
             parts += some
             shrunk += notes
-    base = merge([base for base, _ in parts], order)
-    change = merge([change for _, change in parts], order, dim=1)
+    if kind == "direct":
+        values = merge(parts, order, dim=1)
+        base = tree_map(lambda x: x[0].clone(), values) if before else base
+        change = tree_map(lambda x, b: x[before:] - b, values, base)
+    else:
+        base = merge([base for base, _ in parts], order) if base is None else base
+        change = merge([change for _, change in parts], order, dim=1)
     check_nan("sweep (base)", base)
     check_nan("sweep", change, dim=1)
     return base, change, tuple(sorted(fallbacks)), shrunk
 
 
-def _direct(fn, params, deltas, k: int, part, lanes: int):
-    """Differences of values on one block of rows, `lanes` points at a time, the base among them."""
+def _balanced(points: int) -> int:
+    """As few lanes as take no more turns than the most would."""
+    return -(-points // -(-points // _LANES))
 
-    def at(moved):
-        return fn(moved, part)
 
-    def moved(start: int, before: int, lanes: int) -> Params:
-        return {name: params[name] + d for name, d in deltas(start, before, lanes).items()}
+def _values(fn, params, deltas, k: int, part, lanes: int, before: int):
+    """Values on one block of rows at k points, behind that at the base if `before` is 1."""
 
-    if lanes == 1:
-        base = at(dict(params))
-        values = [at({name: p[0] for name, p in moved(i, 0, 1).items()}) for i in range(k)]
-        return base, tree_map(lambda b, *xs: torch.stack([x - b for x in xs]), base, *values)
-    base, parts = None, []
-    for start in range(0, k, lanes - 1):
-        count = min(lanes - 1, k - start)
-        out = torch.func.vmap(at)(moved(start, 1, lanes))
-        base = tree_map(lambda x: x[0].clone(), out) if base is None else base
-        parts.append(tree_map(lambda x, count=count: x[1 : count + 1] - x[:1], out))
-    return base, concatenate(parts)
+    def at(delta: Params):
+        return fn({name: params[name] + d for name, d in delta.items()}, part)
+
+    parts = []
+    for start in range(0, k + before, lanes):
+        first = before if start == 0 else 0
+        some = deltas(max(start - before, 0), first, lanes)
+        if lanes == 1:
+            out = at({name: d[0] for name, d in some.items()})
+            parts.append(tree_map(lambda x: x.unsqueeze(0), out))
+        else:
+            out, count = torch.func.vmap(at)(some), min(lanes, k + before - start)
+            parts.append(tree_map(lambda x, count=count: x[:count], out))
+    return concatenate(parts)
 
 
 def _even(lanes: int, part) -> int:
