@@ -172,8 +172,10 @@ def sweep_blocks(
         runs = []
 
         def at(points: Tensor, part=part, runs=runs, base=base):
+            # Later nodes come two at a time.
+            own = options | {"lanes": lanes and min(lanes, len(points))}
             some = _along(v, params, points)
-            runs.append(_changes(fn, params, some, len(points), part, options, base))
+            runs.append(_changes(fn, params, some, len(points), part, own, base))
             return runs[-1][1]
 
         degree = None if nodes == "auto" else nodes
@@ -245,7 +247,7 @@ def _changes(
         )
     # Increments have the base in every lane, so it needs none of its own.
     before = int(kind == "direct" and base is None)
-    lanes = min(lanes or _balanced(k + before), k + before)
+    lanes = lanes or _balanced(k + before)
     float64 = any(p.dtype == torch.float64 for p in params.values())
     fallbacks: set[str] = set()
     how = {"rules": options["rules"], "matmul": options["matmul"]}
