@@ -290,7 +290,7 @@ def _dropout(op, a, p=0.5, training=True, inplace=False):
 
 
 def _partition(x: Series, p: Tensor, dim: int) -> tuple[Series, Series]:
-    """The softmax p and, from order 1 on, the logsumexp L: ``L' = sum p x'``, ``p' = p (x' - L')``."""
+    """The softmax p and, but for L_0, the logsumexp L: ``L' = sum p x'``, ``p' = p (x' - L')``."""
     p, total = [p], [None]
     for k in range(1, len(x)):
         both = _chain(x, p, k)
