@@ -159,6 +159,7 @@ ROWS = {
     "pieces": lambda x: torch.cat([x.chunk(2, -1)[1], x.split(2, -1)[0], x.unbind(1)[0][:, None]]
                                   , -1),
     "gather": lambda x: x.gather(-1, torch.tensor([[1], [0], [5], [2]])) * x.mean(-1, True),
+    "amax": lambda x: x.amax(-1, keepdim=True) * x + x.amax(0),
     "embedding": lambda x: F.embedding(torch.tensor([[1, 0], [3, 3]]), x),
     "transposes": lambda x: (x.T @ x).mT.reshape(-1).view(6, 6).flip(0).cumsum(1),
     "pad": lambda x: F.pad(x * x, (1, 2)),
@@ -195,7 +196,6 @@ def test_two_series_of_different_lengths():
         lambda x: torch.topk(x, 2, -1).values,
         lambda x: x.sort(-1)[0][:, :2],
         lambda x: torch.maximum(x, x.flip(0)),
-        lambda x: x.amax(-1),
         lambda x: x.std(-1),
         lambda x: 2.0**x,
         lambda x: torch.einsum("ij,kj->ik", x, x),

@@ -201,6 +201,10 @@ def _divide(op, a, other, *, rounding_mode=None):
     return q, numerator / b.moved
 
 
+def _divided(op, a, other):
+    return _divide(lambda x, y: op(y, x), other, a)
+
+
 def _power(op, a, exponent):
     n = exponent
     if isinstance(a, Increment) and not isinstance(n, Tensor):
@@ -304,6 +308,7 @@ RULES: dict[Callable, Callable] = table(
         "affine": _linear,
         "addmm": _addmm,
         "div": _divide,
+        "rdiv": _divided,
         "pow": _power,
         "dropout": _dropout,
         "clamp": _clamp,

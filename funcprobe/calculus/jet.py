@@ -29,7 +29,7 @@ from .tree import Params, tree_map
 Series = Sequence[Tensor | None]  # the coefficients of t^0, t^1, ...; None is zero
 
 
-class Bypassed(TypeError):
+class Bypassed(RuntimeError):
     """The function does with a jet what no rule can meet, such as a transform of its own."""
 
 
@@ -191,6 +191,10 @@ def _divide(op, a, other, *, rounding_mode=None):
     return y
 
 
+def _divided(op, a, other):
+    return _divide(lambda x, y: op(y, x), other, a)
+
+
 def _obeys(g: Callable[[Series, Series, int], Tensor | None]):
     """A rule for ``y' = g x'``, from ``g(x, y, k)``, its k-th coefficient."""
 
@@ -285,6 +289,14 @@ def _chosen(inside: Callable[[Tensor, Tensor], Tensor]):
     return rule
 
 
+def _amax(op, a, dim=(), keepdim=False):
+    if not isinstance(dim, int):
+        return NotImplemented
+    first, index = a.parts[0].max(dim, keepdim=True)
+    out = [first, *(c if c is None else c.gather(dim, index) for c in a.parts[1:])]
+    return out if keepdim else [c if c is None else c.squeeze(dim) for c in out]
+
+
 def _dropout(op, a, p=0.5, training=True, inplace=False):
     return a * op(torch.ones_like(a.parts[0]), p, training) if training and p > 0 else a.parts
 
@@ -336,6 +348,7 @@ RULES: dict[Callable, Callable] = table(
         "affine": _affine,
         "addmm": _addmm,
         "div": _divide,
+        "rdiv": _divided,
         "pow": _power,
         "square": _root(2),
         "sqrt": _root(0.5),
@@ -349,10 +362,12 @@ RULES: dict[Callable, Callable] = table(
         "gelu": _gelu,
         "relu": _chosen(lambda y, x: x > 0),
         "clamp": _chosen(lambda y, x: y == x),
+        "amax": _amax,
         "dropout": _dropout,
         "softmax": _softmax,
         "log_softmax": _log_softmax,
         "logsumexp": _logsumexp,
         "layer_norm": lambda op, *args, **kwargs: layer_norm(*args, **kwargs),
+        "_make_dual": lambda *args, **kwargs: Jet.refuse("the function calls jvp itself."),
     }
 )

@@ -149,6 +149,7 @@ KINDS = {
     "matmul": "matmul __matmul__ __rmatmul__ bmm mm",
     "affine": "linear",  # x W' + b
     "div": "div divide true_divide __truediv__ __div__",
+    "rdiv": "__rdiv__ __rtruediv__",
     "pow": "pow __pow__",
     "clamp": "clamp clip",
 }

@@ -191,7 +191,7 @@ def logp_and_entropy(slices: Iterable[Tensor], target: Tensor) -> tuple[Tensor, 
     """
     start, m = 0, None
     for logits in slices:
-        largest = logits.amax(-1).detach().clamp(min=torch.finfo(logits.dtype).min)
+        largest = logits.detach().amax(-1).clamp(min=torch.finfo(logits.dtype).min)
         before, m = m, largest if m is None else torch.maximum(m, largest)
         # e^z is exactly 0 there in float64 already, and the clamp stops the tangent of an infinity.
         z = (logits - m.unsqueeze(-1)).clamp(min=-1e4)
