@@ -305,6 +305,7 @@ RULES: dict[Callable, Callable] = table(
         "detach": LINEAR["linear"],  # the change is that of the values
         "mul": _product,
         "matmul": _matmul,
+        "rmatmul": lambda op, a, b: _matmul(torch.matmul, b, a),
         "affine": _linear,
         "addmm": _addmm,
         "div": _divide,

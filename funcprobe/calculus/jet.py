@@ -144,29 +144,33 @@ def _product(op, a, b):
     return op(a[0], b[0]), *products
 
 
-def _bilinear(op, a: Series, b: Series, k: int) -> Tensor | None:
-    """The k-th coefficient of ``op(a, b)``."""
-    out = None
-    for i in range(k + 1):
-        if a[i] is not None and b[k - i] is not None:
-            term = op(a[i], b[k - i])
-            out = term if out is None else out + term
-    return out
+def _matrices(op, a: Series, b: Series, k: int, inner: int) -> Tensor | None:
+    """The k-th coefficient of a product of matrices, whose `inner` axis of b is summed over."""
+    pairs = [(a[i], b[k - i]) for i in range(k + 1)]
+    pairs = [(p, q) for p, q in pairs if p is not None and q is not None]
+    if len(pairs) < 2:
+        return op(*pairs[0]) if pairs else None
+    p, q = a[0], b[0]
+    if p.ndim > 1 and q.ndim > 1 and q.shape[inner] < q.shape[-3 - inner]:
+        # Where the factors are thinner than their product, as LoRA's: one product of all of them.
+        left, right = zip(*pairs, strict=True)
+        return op(torch.cat(left, -1), torch.cat(right, inner))
+    return sum((op(p, q) for p, q in pairs[1:]), start=op(*pairs[0]))
 
 
 def _matmul(op, a, b):
     count = len(find((a, b)).parts)
     a, b = parts_of(a, count), parts_of(b, count)
-    return [_bilinear(op, a, b, k) for k in range(count)]
+    return op(a[0], b[0]), *(_matrices(op, a, b, k, -2) for k in range(1, count))
 
 
-def _affine(op, x, weight, bias=None):
+def _affine(op, x, weight, bias=None, inner=-1):
     count = len(find((x, weight, bias)).parts)
     x, weight, bias = (parts_of(t, count) for t in (x, weight, bias))
     first = op(x[0], weight[0], bias[0])
     out = [first]
     for k in range(1, count):
-        term, b = _bilinear(op, x, weight, k), bias[k]
+        term, b = _matrices(op, x, weight, k, inner), bias[k]
         if b is not None:
             term = b.expand(first.shape) if term is None else term + b
         out.append(term)
@@ -176,7 +180,7 @@ def _affine(op, x, weight, bias=None):
 def _addmm(op, bias, a, b, *, beta=1, alpha=1):
     if not beta == alpha == 1:
         return NotImplemented
-    return _affine(lambda x, w, c=None: x @ w if c is None else op(c, x, w), a, b, bias)
+    return _affine(lambda x, w, c=None: x @ w if c is None else op(c, x, w), a, b, bias, inner=-2)
 
 
 def _divide(op, a, other, *, rounding_mode=None):
@@ -345,6 +349,7 @@ RULES: dict[Callable, Callable] = table(
         "detach": lambda op, a: (a.parts[0],),
         "mul": _product,
         "matmul": _matmul,
+        "rmatmul": lambda op, a, b: _matmul(torch.matmul, b, a),
         "affine": _affine,
         "addmm": _addmm,
         "div": _divide,

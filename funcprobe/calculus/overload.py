@@ -146,7 +146,8 @@ KINDS = {
     "sub": "sub subtract __sub__",
     "rsub": "rsub __rsub__",
     "mul": "mul multiply __mul__ __rmul__",
-    "matmul": "matmul __matmul__ __rmatmul__ bmm mm",
+    "matmul": "matmul __matmul__ bmm mm",
+    "rmatmul": "__rmatmul__",
     "affine": "linear",  # x W' + b
     "div": "div divide true_divide __truediv__ __div__",
     "rdiv": "__rdiv__ __rtruediv__",
