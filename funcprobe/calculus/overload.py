@@ -59,7 +59,7 @@ class Carrier(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        """Is never reached: every operation is met in `__torch_function__`."""
+        """Refuses: operations are met in `__torch_function__`, but within a transform."""
         cls.refuse(f"{func} bypassed the rules, so what it does to a changing tensor is unknown.")
 
     @classmethod
