@@ -266,11 +266,21 @@ def _wave(op, a):
     return y
 
 
-def _silu(op, a, inplace=False):
+def _derived(written: Callable):
+    """A rule from the operation written out in others; the value is its own, to the last bit."""
+
+    def rule(op, *args, **kwargs):
+        first = op(*nested_map(value_of, args), **nested_map(value_of, kwargs))
+        return first, *written(*args, **kwargs).parts[1:]
+
+    return rule
+
+
+def _silu(a, inplace=False):
     return a * torch.sigmoid(a)
 
 
-def _gelu(op, a, approximate="none"):
+def _gelu(a, approximate="none"):
     if approximate == "tanh":
         return 0.5 * a * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
     density = (torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)).parts
@@ -363,8 +373,8 @@ RULES: dict[Callable, Callable] = table(
         "log1p": _log,
         "sin": _wave,
         "cos": _wave,
-        "silu": _silu,
-        "gelu": _gelu,
+        "silu": _derived(_silu),
+        "gelu": _derived(_gelu),
         "relu": _chosen(lambda y, x: x > 0),
         "clamp": _chosen(lambda y, x: y == x),
         "amax": _amax,
@@ -372,7 +382,7 @@ RULES: dict[Callable, Callable] = table(
         "softmax": _softmax,
         "log_softmax": _log_softmax,
         "logsumexp": _logsumexp,
-        "layer_norm": lambda op, *args, **kwargs: layer_norm(*args, **kwargs),
+        "layer_norm": _derived(layer_norm),
         "_make_dual": lambda *args, **kwargs: Jet.refuse("the function calls jvp itself."),
     }
 )
