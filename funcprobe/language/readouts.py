@@ -17,7 +17,7 @@ _LEAST = -1e4  # e^-10000 is exactly 0 in float64, and the clamp stops the tange
 
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log-softmax in nats, [..., V], finite: a logit of -inf has about -1e4, and no derivative."""
-    z = (logits - logits.amax(-1, keepdim=True).detach()).clamp(min=_LEAST)
+    z = (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=_LEAST)
     return z - z.exp().sum(-1, keepdim=True).log()
 
 
@@ -38,7 +38,7 @@ def margin(logits: Tensor, target: Tensor) -> Tensor:
     >>> margin(torch.tensor([[5.0, 3.0, 3.5]]), torch.tensor([0]))
     tensor([1.5000])
     """
-    z = (logits - logits.amax(-1, keepdim=True).detach()).clamp(min=_LEAST)
+    z = (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=_LEAST)
     first, second = z.topk(2, -1).values.unbind(-1)
     return first - second
 

@@ -105,7 +105,7 @@ def _statistics(slices: Iterable[Tensor], target: Tensor) -> Tensors:
     """Log-probability, entropy, log s and m, the last without a derivative."""
     start, m = 0, None
     for logits in slices:
-        largest = logits.amax(-1).detach().clamp(min=torch.finfo(logits.dtype).min)
+        largest = logits.detach().amax(-1).clamp(min=torch.finfo(logits.dtype).min)
         before, m = m, largest if m is None else torch.maximum(m, largest)
         z = (logits - m.unsqueeze(-1)).clamp(min=_LEAST)
         e = z.exp()
