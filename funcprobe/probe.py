@@ -11,13 +11,14 @@ from tqdm.auto import tqdm
 
 from .calculus.line import join, sweep_blocks
 from .calculus.precision import exact, settings
-from .calculus.rows import REVERSE, block_size, evaluate
+from .calculus.rows import REVERSE, evaluate
 from .calculus.step import adamw, direction, gradient
 from .calculus.taylor import taylor
 from .calculus.tree import Params, add_scaled, merge, norm
 from .language.batch import Batch, by_length, lengths, trim
 from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import scorer
+from .memory import Room, room
 from .report import Report
 from .statistics.change import entropy_change, entropy_series
 from .statistics.doubts import doubts
@@ -66,7 +67,7 @@ def probe(
             measured and reported.
         max_length: the divisor of recipes with a constant one, in tokens.
         tokens: rows times positions times lanes of a block, at most. It bounds memory; the default
-            is 1024 on a CPU.
+            is 1024 on a CPU, on a CUDA device what its free memory allows; the report has it.
         lanes: parameter points per block, at most; see `changes`.
         progress: show bars on standard error.
 
@@ -84,8 +85,14 @@ def probe(
     before = checksum(base | params)
     clock("checksum")
 
-    def blocks(batch: Batch, name: str, lanes: int = 1):
-        parts, order = by_length(batch, tokens=max((tokens or block_size(device)) // lanes, 1))
+    longest = max(update.tokens.shape[1], evaluation.tokens.shape[1])
+    itemsize = next(iter(params.values())).dtype.itemsize
+    most = room(checkpoint.model.skeleton.config, device, itemsize, longest)
+    if tokens is not None:
+        most = Room(tokens, max(tokens // REVERSE, 1), None)
+
+    def blocks(batch: Batch, name: str, lanes: int = 1, positions: int = most.forward):
+        parts, order = by_length(batch, tokens=max(positions // lanes, 1))
         return tqdm(parts, name, disable=not progress), order
 
     unknown = update.old_logp.isnan()
@@ -96,7 +103,7 @@ def probe(
         update = update._replace(old_logp=torch.where(unknown, here, update.old_logp))
     update = prepare(update, recipe, max_length=divisor)
     loss, grads = objective(score, recipe), None
-    for part in blocks(update, "gradient of U", REVERSE)[0]:
+    for part in blocks(update, "gradient of U", positions=most.reverse)[0]:
         some = gradient(loss, params, part, rows=len(part.tokens))
         grads = some if grads is None else add_scaled(grads, some)
     step = adamw(grads, params, checkpoint.state, **checkpoint.adamw)
@@ -158,6 +165,7 @@ def probe(
             "off policy": off_policy,
             "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
             "precision": precision,
+            "positions of a block": most._asdict(),
             "seconds": clock.seconds,
         },
         flags=(

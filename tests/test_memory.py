@@ -1,10 +1,14 @@
 """Where memory runs out: smaller blocks, the same numbers, and a word about it."""
 
+import importlib
+from types import SimpleNamespace
+
 import cases
 import pytest
 import torch
 
 import funcprobe as fp
+from funcprobe.memory import positions, room
 
 MESSAGES = (
     "CUDA out of memory. Tried to allocate 2.00 GiB.",
@@ -103,3 +107,42 @@ def test_another_error_passes(setting):
     with pytest.raises(RuntimeError, match="size mismatch"):
         fp.evaluate(run, params, batch)
     assert calls == []
+
+
+# The budget
+
+
+SIZES = SimpleNamespace(
+    hidden_size=100, intermediate_size=300, num_hidden_layers=10, num_attention_heads=4
+)
+
+
+def test_the_budget_is_the_estimate_by_hand():
+    one = 4 * (800 + 1200 + 8 * 50)  # bytes of a position in a layer
+    free = 2 * 3 * one * 600  # half of it holds 600 positions forward, 600 * 3 / 20 = 90 in reverse
+    assert positions(SIZES, free, 4, 50, most=16384) == (512, 64, free)
+    assert positions(SIZES, free, 8, 50, most=16384)[:2] == (256, 32)
+    assert positions(SIZES, 100 * free, 4, 50, most=128)[:2] == (128, 128)
+    assert positions(SIZES, 1, 4, 50, most=128)[:2] == (1, 1)
+    assert positions(SIZES, int(1.2 * free), 4, 50, most=16384)[:2] == (512, 64)
+
+
+def test_on_a_cpu_the_budget_is_the_default():
+    assert room(SIZES, torch.device("cpu"), 4, 50) == (1024, 512, None)
+
+
+def test_the_report_holds_the_budget(checkpoint, update, evaluation):
+    report = fp.probe(checkpoint, update, evaluation.rows(slice(0, 64)), [0.0, 1e-3], tokens=600)
+    assert report.about["positions of a block"] == {"forward": 600, "reverse": 300, "free": None}
+
+
+def test_the_report_says_that_memory_ran_out(checkpoint, update, evaluation, monkeypatch):
+    probe_module = importlib.import_module("funcprobe.probe")
+    own = probe_module.join
+
+    def short(sweeps, order=None):
+        return own(sweeps, order)._replace(shrunk=("out of memory at 8 x 4",))
+
+    monkeypatch.setattr(probe_module, "join", short)
+    report = fp.probe(checkpoint, update, evaluation.rows(slice(0, 64)), [0.0, 1e-3])
+    assert any("memory ran out 1 times" in flag and "8 x 4" in flag for flag in report.flags)
