@@ -28,9 +28,12 @@ from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
 from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import Readings, Sampling, Scores, scorer, with_value
+from .packing import fingerprint
+from .parallel import sharded
 from .probe import probe
 from .records import read_batch, write_batch
 from .report import Report, plot, plot_ratio
+from .resume import resumable
 from .rollout import rollout
 from .statistics.change import entropy_change, entropy_covector, entropy_series
 from .statistics.importance import pareto_khat, pareto_smooth
