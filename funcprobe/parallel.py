@@ -126,7 +126,7 @@ def _noticing() -> Iterator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             "sharded: every rank was expected to go on, one ended without a word. Likely it was "
-            "killed, or its memory was full. Finished blocks are kept: the same call goes on."
+            "killed, or its memory was full. Stored blocks are kept: the same call goes on."
         ) from error
 
 
