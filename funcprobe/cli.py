@@ -135,8 +135,9 @@ def main(arguments: list[str] | None = None) -> int:
             _probe(parsed, device, group)
     except (ValueError, OSError, RuntimeError) as error:
         if speaks():
-            # A line of its own, even where a progress bar stands.
-            tqdm.write(f"funcprobe: {' '.join(str(error).split())}", file=sys.stderr)
+            # A line of its own, even where a progress bar stands, of the first rank if not here.
+            line = f"funcprobe: {' '.join(str(error).split())}"
+            tqdm.write(line if first else f"\n{line}", file=sys.stderr)
         return 2
     return 0
 
