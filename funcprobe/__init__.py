@@ -22,15 +22,18 @@ from .calculus.step import (
 from .calculus.taylor import taylor
 from .calculus.tree import add_scaled, dot, norm, shift, stack
 from .checkpoint import Checkpoint, load_checkpoint
+from .encoding import fingerprint
 from .ground_truth import GroundTruth, ground_truth
 from .language import readouts
 from .language.batch import Batch, by_length, collate
 from .language.model import Model, assemble, logits, split
 from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import Readings, Sampling, Scores, scorer, with_value
+from .parallel import sharded
 from .probe import probe
 from .records import read_batch, write_batch
 from .report import Report, plot, plot_ratio
+from .resume import resumable
 from .rollout import rollout
 from .statistics.change import entropy_change, entropy_covector, entropy_series
 from .statistics.importance import pareto_khat, pareto_smooth

@@ -1,18 +1,24 @@
 """The command line: ``funcprobe probe``, on the bundled checkpoint or on one's own."""
 
+import math
+import os
 import sys
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from .checkpoint import load_checkpoint
+from .parallel import agree, together
 from .probe import probe
 from .records import read_batch, read_sampling
+from .resume import discard
 
 BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
 
@@ -23,6 +29,9 @@ _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
 
 What one AdamW step would do to the model's entropy. Without options, on the bundled checkpoint.
 `funcprobe probe --help` lists the options; a YAML file holds the same names.
+
+Finished blocks are kept in OUTPUT/blocks until the report is written: the same command goes on
+where it was cut short. `torchrun --nproc-per-node N -m funcprobe probe ...` shares the blocks out.
 """
 
 
@@ -110,13 +119,25 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(_USAGE, end="")
         return 0
+    first = os.environ.get("RANK", "0") == "0"
+
+    def speaks() -> bool:
+        return first
+
     try:
         if command != "probe":
             raise ValueError(f"unknown command {command!r}; there is 'probe'.")
-        _probe(_parse(rest))
+        parsed = _parse(rest, first)
+        device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        with together(device) as (group, speaks):
+            if not first:
+                transformers.utils.logging.disable_progress_bar()
+            _probe(parsed, device, group)
     except (ValueError, OSError, RuntimeError) as error:
-        # A line of its own, even where a progress bar stands.
-        tqdm.write(f"funcprobe: {' '.join(str(error).split())}", file=sys.stderr)
+        if speaks():
+            # A line of its own, even where a progress bar stands, of the first rank if not here.
+            line = f"funcprobe: {' '.join(str(error).split())}"
+            tqdm.write(line if first else f"\n{line}", file=sys.stderr)
         return 2
     return 0
 
@@ -132,21 +153,28 @@ def parse_etas(text: str, lr: float) -> list[float]:
         word = word.strip()
         try:
             etas.append(float(word[:-1]) * lr if word.endswith("x") else float(word))
+            if not math.isfinite(etas[-1]):
+                raise ValueError
         except ValueError:
             raise ValueError(
-                "etas: numbers such as 0.5x (of the learning rate) or 1e-6, separated by commas, "
-                f"were expected, found {word!r}."
+                "etas: finite numbers such as 0.5x (of the learning rate) or 1e-6, separated by "
+                f"commas, were expected, found {word!r}."
             ) from None
     return etas
 
 
-def _parse(words: list[str]) -> ProbeArguments:
+def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
     parser = HfArgumentParser(ProbeArguments, prog="funcprobe probe")
     parser.add_argument("--config", help="A YAML file of these options; flags override it.")
     config = parser.parse_known_args(words)[0].config
     if config is not None:
         parser.set_defaults(**_read_config(config))
-    values = vars(parser.parse_args(words))
+    with ExitStack() as stack:
+        if not aloud:
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(silence))
+            stack.enter_context(redirect_stderr(silence))
+        values = vars(parser.parse_args(words))
     values.pop("config")
     return ProbeArguments(**values)
 
@@ -171,13 +199,12 @@ def _read_config(path: str) -> dict:
     return settings
 
 
-def _probe(arguments: ProbeArguments) -> None:
+def _probe(arguments: ProbeArguments, device: str, group) -> None:
     path, update, evaluation = _inputs(arguments)
     etas, max_length = arguments.etas, arguments.max_length
     if arguments.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
     parse_etas(etas, 1.0)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = load_checkpoint(
         path,
         base_model=arguments.base_model,
@@ -192,6 +219,7 @@ def _probe(arguments: ProbeArguments) -> None:
     sampling = read_sampling(evaluation)
     if sampling is not None:
         checkpoint = replace(checkpoint, sampling=sampling)
+    finished = Path(arguments.output) / "blocks"
     report = probe(
         checkpoint,
         read_batch(update, checkpoint.tokenizer),
@@ -205,11 +233,16 @@ def _probe(arguments: ProbeArguments) -> None:
         matmul=None if arguments.matmul == "full" else arguments.matmul,
         max_length=max_length,
         tokens=arguments.tokens,
+        resume=finished,
+        group=group,
         progress=True,
     )
-    written = report.save(arguments.output)
-    print(report)
-    print("wrote " + ", ".join(map(str, written)))
+    if report is not None:
+        written = report.save(arguments.output)
+        print(report)
+        print("wrote " + ", ".join(map(str, written)))
+    agree("end", "reached", group)
+    discard(finished)
 
 
 def _inputs(arguments: ProbeArguments) -> tuple[Path, Path, Path]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .calculus.rows import REVERSE, block_size
+from .calculus.tree import Params
 
 _SHARE = 0.5  # of the free memory that a block may take: the estimate is no better than that
 
@@ -17,8 +18,10 @@ class Room(NamedTuple):
     free: int | None  # bytes free when it was measured; None where the default is taken
 
 
-def room(config, device: torch.device, itemsize: int, length: int) -> Room:
+def room(config, params: Params, length: int) -> Room:
     """The defaults on a CPU; on a CUDA device what `positions` estimates from its free memory."""
+    one = next(iter(params.values()))
+    device, itemsize = one.device, one.dtype.itemsize
     if device.type != "cuda":
         return Room(block_size(device), max(block_size(device) // REVERSE, 1), None)
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,30 +1,32 @@
 """The mixed probe: the update a batch U would cause, and what it does to the entropy on E."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from .calculus.line import join, sweep_blocks
+from .calculus.line import join, sweep
 from .calculus.precision import exact, settings
 from .calculus.rows import REVERSE, evaluate
 from .calculus.step import adamw, direction, gradient
 from .calculus.taylor import taylor
-from .calculus.tree import Params, add_scaled, merge, norm
-from .language.batch import Batch, by_length, lengths, trim
+from .calculus.tree import merge, norm
+from .encoding import checksum, fingerprint
+from .language.batch import Batch, lengths, trim
 from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import scorer
 from .memory import Room, room
+from .noise import noise, recompute
+from .parallel import agree, rank, share
 from .report import Report
 from .statistics.change import entropy_change, entropy_series
 from .statistics.doubts import doubts
-from .statistics.rounding import Rounding, rounding
+from .statistics.rounding import Rounding
+from .stream import Stream
 
-SAMPLED = 16  # rows of E whose changes are computed twice, to measure rounding
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
 
@@ -43,8 +45,10 @@ def probe(
     max_length: int | None = None,
     tokens: int | None = None,
     lanes: int = 8,
+    resume: str | Path | None = None,
+    group=None,
     progress: bool = False,
-) -> Report:
+) -> Report | None:
     """What one AdamW step on `update` would do to the entropy of the responses in `evaluation`.
 
     Composes the pure functions: v from U and the saved state, the sweep of ``params + eta v`` over
@@ -69,7 +73,14 @@ def probe(
         tokens: rows times positions times lanes of a block, at most. It bounds memory; the default
             is 1024 on a CPU, on a CUDA device what its free memory allows; the report has it.
         lanes: parameter points per block, at most; see `changes`.
+        resume: a folder for finished blocks. The same call goes on from them, and its result is
+            bitwise that of a run without interruption; see `resumable`.
+        group: of torch.distributed, ``dist.group.WORLD`` for instance, whose ranks all make this
+            call and share the blocks; see `sharded`.
         progress: show bars on standard error.
+
+    Returns:
+        The report; on ranks other than 0, which never hold other ranks' rows of E, None.
 
     Raises:
         ValueError: batches, rates or state that do not fit; see the functions composed.
@@ -77,59 +88,74 @@ def probe(
     params, base = checkpoint.params, checkpoint.base
     device = next(iter(params.values())).device
     divisor = max_length or update.response.shape[1]
-    update, evaluation = trim(update).to(device), trim(evaluation).to(device)
+    update, evaluation = trim(update).to("cpu"), trim(evaluation).to("cpu")
     _check(checkpoint, update, evaluation)
     support = params if checkpoint.sampling.top_p < 1 else None
     score = scorer(checkpoint.model, base, sampling=checkpoint.sampling, support=support)
+    loss = objective(score, recipe)
     clock = _Clock()
     before = checksum(base | params)
-    clock("checksum")
-
+    key = fingerprint(before, list(params), checkpoint.model, asdict(checkpoint.sampling))
+    agree("weights and batches", fingerprint(key, update, evaluation), group)
+    folder = None if resume is None else Path(resume)
     longest = max(update.tokens.shape[1], evaluation.tokens.shape[1])
-    itemsize = next(iter(params.values())).dtype.itemsize
-    most = room(checkpoint.model.skeleton.config, device, itemsize, longest)
-    if tokens is not None:
-        most = Room(tokens, max(tokens // REVERSE, 1), None)
-
-    def blocks(batch: Batch, name: str, lanes: int = 1, positions: int = most.forward):
-        parts, order = by_length(batch, tokens=max(positions // lanes, 1))
-        return tqdm(parts, name, disable=not progress), order
+    most = room(checkpoint.model.skeleton.config, params, longest) if tokens is None else None
+    most = Room(*share(tuple(most or (tokens, max(tokens // REVERSE, 1), None)), group))
+    stream = Stream(device, most, key, folder, group, progress)
+    clock("checksum")
 
     unknown = update.old_logp.isnan()
     if (unknown & update.response).any():
-        parts, order = blocks(update, "log-probabilities of U")
-        scores = [evaluate(score, params, part, rows=len(part.tokens)) for part in parts]
+        blocks, order = stream.cut(update)
+        scores = stream.each(
+            "log-probabilities of U", lambda b: evaluate(score, params, b, rows=_all(b)), blocks
+        )
         here = merge(scores, order).logp.double()
         update = update._replace(old_logp=torch.where(unknown, here, update.old_logp))
     update = prepare(update, recipe, max_length=divisor)
-    loss, grads = objective(score, recipe), None
-    for part in blocks(update, "gradient of U", positions=most.reverse)[0]:
-        some = gradient(loss, params, part, rows=len(part.tokens))
-        grads = some if grads is None else add_scaled(grads, some)
+    blocks, _ = stream.cut(update, reverse=True)
+    total = stream.total(
+        "gradient of U",
+        lambda b: gradient(loss, params, b, rows=_all(b)),
+        blocks,
+        recipe if isinstance(recipe, str) else asdict(recipe),
+    )
+    grads = {name: total[name].to(p) for name, p in params.items()}
     step = adamw(grads, params, checkpoint.state, **checkpoint.adamw)
     v = direction(step, grads)
     clock("update direction")
 
     lr = float(step.lr)
     etas = [lr * m for m in MULTIPLES] if etas is None else etas(lr) if callable(etas) else etas
-    points = len(torch.as_tensor(etas).flatten()) + (change == "direct")
-    lanes = max(min(lanes, points), 1)
-    parts, order = blocks(evaluation, "sweep over E", lanes)
-    # One call a block of rows: rows= takes every row of it at once.
-    same = {"change": change, "matmul": matmul, "rows": len(evaluation.tokens), "lanes": lanes}
-    swept = join(sweep_blocks(score, params, v, etas, parts, **same), order)
+    etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
+    lanes = max(min(lanes, len(etas) + (change == "direct")), 1)
+    same = {"change": change, "matmul": matmul, "lanes": lanes}
+    blocks, order = stream.cut(evaluation, lanes)
+    swept = stream.each(
+        "sweep over E",
+        lambda b: sweep(score, params, v, etas, b, rows=_all(b), **same),
+        blocks,
+        (v, etas, same),
+        to=0,
+    )
+    swept = join(swept, order) if swept else None
     clock("sweep")
-    parts, order = blocks(evaluation, "slope on E")
-    terms = merge([taylor(score, params, v, part, rows=len(part.tokens)) for part in parts], order)
+    blocks, order = stream.cut(evaluation)
+    terms = stream.each(
+        "slope on E", lambda b: taylor(score, params, v, b, rows=_all(b)), blocks, v, to=0
+    )
     clock("slope")
+    again = recompute(stream, score, params, v, etas, evaluation)
+    if rank(group):
+        return None
+    terms = merge(terms, order)
 
     kind = {"weights": weights, "per": per}
     kind["behaviour"] = evaluation.old_logp if off_policy else None
     estimate = entropy_change(swept, evaluation, **kind)
     series = entropy_series(terms, evaluation, **kind)
+    rounded = again and noise(swept, again, evaluation, series, change, kind["behaviour"])
     clock("statistics")
-    rounded = _rounding(score, params, v, swept, evaluation, series, same, kind["behaviour"])
-    clock("rounding")
     after = checksum(base | params)
     clock("checksum after")
     with exact():
@@ -186,51 +212,6 @@ def probe(
     )
 
 
-def _rounding(
-    score, params: Params, v: Params, swept, evaluation: Batch, series, same: dict, behaviour
-) -> Rounding | None:
-    """The sweep's rounding error at its smallest eta, against full increments of some rows.
-
-    These start from parameters one rounding away, since the same ones might round the same way.
-    """
-    n, away = len(evaluation.tokens), swept.etas.abs()
-    if n < 2 or not (away > 0).any():
-        return None
-    k = int(torch.where(away > 0, away, torch.inf).argmin())
-    eta = float(swept.etas[k])
-    index = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
-    rows = evaluation.rows(index.to(evaluation.tokens.device))
-    parts, order = by_length(rows, tokens=1)
-    near = {name: torch.nextafter(p, torch.full_like(p, torch.inf)) for name, p in params.items()}
-    again = join(
-        sweep_blocks(score, near, v, [eta], parts, change="increment", lanes=1), order
-    ).change
-    there = [leaf[k, index.to(leaf.device)] for leaf in swept.change]
-    width = min(again[0].shape[-1], there[0].shape[-1])
-    off = type(again)(
-        *(a[..., :width] - b[0][..., :width] for a, b in zip(there, again, strict=True))
-    )
-    return rounding(
-        swept.base,
-        off,
-        index,
-        evaluation,
-        series,
-        eta,
-        proportional=same["change"] == "increment",
-        behaviour=behaviour,
-    )
-
-
-def checksum(tensors: Params) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the tensors, sorted by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 class _Clock:
     """Seconds between calls, by name."""
 
@@ -242,6 +223,11 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[name] = round(now - self._last, 3)
         self._last = now
+
+
+def _all(block: Batch) -> int:
+    """All of a block's rows: one call a block."""
+    return len(block.tokens)
 
 
 def _check(checkpoint, update: Batch, evaluation: Batch) -> None:

@@ -74,7 +74,7 @@ def test_a_config_file_and_flags_that_override_it(tmp_path, inputs):
     ("change", "complaint"),
     [
         ({"etas": "1x,fast"}, "found 'fast'"),
-        ({"etas": "nan"}, "finite etas"),
+        ({"etas": "nan"}, "found 'nan'"),
         ({"recipe": "ppo2"}, "unknown recipe 'ppo2'"),
         ({"checkpoint": "nowhere"}, "no such folder"),
         ({"update": "nowhere.jsonl"}, "nowhere.jsonl"),

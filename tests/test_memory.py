@@ -128,7 +128,7 @@ def test_the_budget_is_the_estimate_by_hand():
 
 
 def test_on_a_cpu_the_budget_is_the_default():
-    assert room(SIZES, torch.device("cpu"), 4, 50) == (1024, 512, None)
+    assert room(SIZES, {"a": torch.zeros(1)}, 50) == (1024, 512, None)
 
 
 def test_the_report_holds_the_budget(checkpoint, update, evaluation):

@@ -54,7 +54,8 @@ def refuse(module: nn.Module) -> None:
         if forward is not None and not hasattr(part, "_original_forward"):
             raise ValueError(
                 f"split: {name or 'the module'!r} has its forward replaced on the instance, which "
-                "may hold the live weights. Remove the patch (accelerate: remove_hook_from_module)."
+                "may hold the live weights. Remove the patch (accelerate: load without device_map, "
+                "or remove_hook_from_module)."
             )
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if type(tensor).__name__ == "DTensor":
