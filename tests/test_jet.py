@@ -367,4 +367,6 @@ def test_an_array_cannot_carry_a_derivative():
 def test_nothing_given_is_changed():
     kept = ONE.clone()
     assert along(lambda x: x.add_(1.0)) == [[3.0, 0.0], [2.0, -1.0], [0.0, 0.0]]
+    for op in (F.silu, F.relu):
+        assert along(lambda x, op=op: op(x, inplace=True)) == along(op)
     assert torch.equal(ONE, kept) and ONE._version == 0
