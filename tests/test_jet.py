@@ -128,6 +128,12 @@ def test_a_power_at_zero_has_its_derivatives():
     assert got.flatten().tolist() == [0, 0]
 
 
+def test_kinks_have_the_derivative_that_torch_gives_them():
+    x = [torch.tensor([-0.1, 0.0, 0.1]).double(), torch.ones(3).double()]
+    for op in (F.relu, lambda x: x.clamp(0.0), lambda x: x.clamp(max=0.0)):
+        torch.testing.assert_close(run(op, x), by_nested_jvp(op, x)[:2], rtol=0, atol=0)
+
+
 W = torch.randn(3, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 MASK = torch.tensor([True, False, True, True, False, True])
 ROWS = {
@@ -367,4 +373,6 @@ def test_an_array_cannot_carry_a_derivative():
 def test_nothing_given_is_changed():
     kept = ONE.clone()
     assert along(lambda x: x.add_(1.0)) == [[3.0, 0.0], [2.0, -1.0], [0.0, 0.0]]
+    for op in (F.silu, F.relu):
+        assert along(lambda x, op=op: op(x, inplace=True)) == along(op)
     assert torch.equal(ONE, kept) and ONE._version == 0

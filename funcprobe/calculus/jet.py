@@ -1,22 +1,21 @@
 r"""Taylor arithmetic: a function's expansion along a line, in one run through an unmodified model.
 
 A `Jet` is a truncated power series :math:`x(t) = x_0 + x_1 t + \dots + x_M t^M`. Linear operations
-act on every coefficient; products, and what obeys a differential equation, by recurrences:
+act on every coefficient; products and elementwise functions by recurrences (see `series`):
 
 .. math:: (ab)_k = \sum_{i=0}^k a_i b_{k-i}, \qquad
-          y' = g x' \; \Rightarrow \; y_k = \frac 1 k \sum_{j=1}^k j \, x_j \, g_{k-j},
+          y = e^x: \; y_k = \frac 1 k \sum_{j=1}^k j \, x_j \, y_{k-j}.
 
-with g = y for the exponential, y - y^2 for the sigmoid, 1 - y^2 for tanh. To order M a product of
-two series costs (M + 1)(M + 2) / 2 products and one with a frozen weight M + 1, where nested
-forward mode costs 2^M or more. A coefficient that is zero is None and costs nothing. An operation
-without a rule is expanded by nested jvp through it alone.
+To order M a product of two series costs (M + 1)(M + 2) / 2 products and one with a frozen weight
+M + 1, where nested forward mode costs 2^M or more. A coefficient that is zero is None and costs
+nothing. An operation without a rule is expanded by nested jvp through it alone.
 
 Griewank and Walther, Evaluating Derivatives, chapter 13; Bettencourt, Johnson and Duvenaud 2019,
 Taylor-mode automatic differentiation for higher-order derivatives in JAX.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,9 +23,8 @@ from torch import Tensor
 from .linear import LINEAR
 from .nested import layer_norm, nested
 from .overload import Carrier, Scope, find, nested_map, parts_of, table, value_of
+from .series import EXPANSIONS, Series, chain, partition, power, quotient, total
 from .tree import Params, tree_map
-
-Series = Sequence[Tensor | None]  # the coefficients of t^0, t^1, ...; None is zero
 
 
 class Bypassed(RuntimeError):
@@ -107,40 +105,13 @@ def _horner(leaf, t: Tensor):
     return out
 
 
-# Sums of products of coefficients
-
-
-def _sum(terms: Iterable[tuple], start: Tensor | None = None) -> Tensor | None:
-    """``start + sum of w a b`` over the (w, a, b) without a zero; None if nothing is left."""
-    for w, a, b in terms:
-        if a is None or b is None:
-            continue
-        if start is not None:
-            start = torch.addcmul(start, a, b, value=w)
-        elif w == 1:
-            start = a * b
-        else:
-            start = torch.addcmul(a.new_zeros(()), a, b, value=w)
-    return start
-
-
-def _squares(y: Series, k: int, w: float = 1.0) -> list[tuple]:
-    """The terms of the k-th coefficient of ``w y^2``."""
-    return [(w if 2 * i == k else 2 * w, y[i], y[k - i]) for i in range(k // 2 + 1)]
-
-
-def _chain(x: Series, g: Series, k: int) -> Tensor | None:
-    """The k-th coefficient of a y with ``y' = g x'``."""
-    return _sum((j / k, x[j], g[k - j]) for j in range(k, 0, -1))
-
-
 # Rules. Each takes the operation and its arguments and returns the coefficients of the result.
 
 
 def _product(op, a, b):
     count = len(find((a, b)).parts)
     a, b = parts_of(a, count), parts_of(b, count)
-    products = (_sum((1, a[i], b[k - i]) for i in range(k + 1)) for k in range(1, count))
+    products = (total((1, a[i], b[k - i]) for i in range(k + 1)) for k in range(1, count))
     return op(a[0], b[0]), *products
 
 
@@ -188,88 +159,28 @@ def _divide(op, a, other, *, rounding_mode=None):
         return NotImplemented
     count = len(find((a, other)).parts)
     a, b = parts_of(a, count), parts_of(other, count)
-    y = [op(a[0], b[0])]
-    for k in range(1, count):
-        top = _sum(((-1, b[j], y[k - j]) for j in range(1, k + 1)), start=a[k])
-        y.append(None if top is None else top / b[0])
-    return y
+    return quotient(a, b, op(a[0], b[0]))
 
 
 def _divided(op, a, other):
     return _divide(lambda x, y: op(y, x), other, a)
 
 
-def _obeys(g: Callable[[Series, Series, int], Tensor | None]):
-    """A rule for ``y' = g x'``, from ``g(x, y, k)``, its k-th coefficient."""
-
-    def rule(op, a, *args, **kwargs):
-        x, slope = a.parts, []
-        y = [op(x[0], *args, **kwargs)]
-        for k in range(1, len(x)):
-            slope.append(g(x, y, k - 1))
-            y.append(_chain(x, slope, k))
-        return y
-
-    return rule
-
-
-def _one(y: Tensor, k: int) -> Tensor | None:
-    return y.new_ones(()) if k == 0 else None
-
-
-_ELEMENTWISE = {
-    "exp": _obeys(lambda x, y, k: y[k]),
-    "expm1": _obeys(lambda x, y, k: y[0] + 1 if k == 0 else y[k]),
-    "sigmoid": _obeys(lambda x, y, k: _sum(_squares(y, k, -1), start=y[k])),
-    "tanh": _obeys(lambda x, y, k: _sum(_squares(y, k, -1), start=_one(y[0], k))),
-}
-
-
-def _log(op, a):
-    x, y = a.parts, [op(a.parts[0])]
-    bottom = x[0] if "1p" not in op.__name__ else 1 + x[0]
-    for k in range(1, len(x)):
-        top = _sum(((-j / k, y[j], x[k - j]) for j in range(1, k)), start=x[k])
-        y.append(None if top is None else top / bottom)
-    return y
+def _elementwise(expand: Callable[[Tensor, Series], Series]):
+    return lambda op, a: expand(op(a.parts[0]), a.parts)
 
 
 def _power(op, a, n):
     if not isinstance(a, Jet) or not isinstance(n, int | float):
         return NotImplemented
-    return _powers(a.parts, op(a.parts[0], n), n)
-
-
-def _powers(x: Series, y: Tensor, n: float) -> Series:
-    """Of ``y = x^n``, by ``y' = n x^(n-1) x'``, which divides by nothing."""
-    rest = range(1, len(x))
-    if n == 2:
-        return y, *(_sum(_squares(x, k)) for k in rest)
-    if len(x) == 1 or n == 0:
-        return y, *(None for _ in rest)
-    slope = [c if c is None else n * c for c in _powers(x[:-1], x[0] ** (n - 1), n - 1)]
-    return y, *(_chain(x, slope, k) for k in rest)
-
-
-def _root(n: float):
-    return lambda op, a: _powers(a.parts, op(a.parts[0]), n)
-
-
-def _wave(op, a):
-    """Sine and cosine, each the other's slope."""
-    x, sine = a.parts, op.__name__ == "sin"
-    y, g = [op(x[0])], [x[0].cos() if sine else -x[0].sin()]
-    for k in range(1, len(x)):
-        y.append(_chain(x, g, k))
-        second = _chain(x, y, k)
-        g.append(None if second is None else -second)
-    return y
+    return power(n, op(a.parts[0], n), a.parts)
 
 
 def _derived(written: Callable):
     """A rule from the operation written out in others; the value is its own, to the last bit."""
 
     def rule(op, *args, **kwargs):
+        kwargs.pop("inplace", None)
         first = op(*nested_map(value_of, args), **nested_map(value_of, kwargs))
         return first, *written(*args, **kwargs).parts[1:]
 
@@ -285,7 +196,7 @@ def _gelu(a, approximate="none"):
         return 0.5 * a * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
     density = (torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)).parts
     x = a.parts
-    below = [_chain(x, density, k) for k in range(1, len(x))]
+    below = [chain(x, density, k) for k in range(1, len(x))]
     return a * Jet(torch.special.ndtr(x[0]), *below, a.scope)
 
 
@@ -315,17 +226,6 @@ def _dropout(op, a, p=0.5, training=True, inplace=False):
     return a * op(torch.ones_like(a.parts[0]), p, training) if training and p > 0 else a.parts
 
 
-def _partition(x: Series, p: Tensor, dim: int) -> tuple[Series, Series]:
-    """The softmax p and, but for L_0, the logsumexp L: ``L' = sum p x'``, ``p' = p (x' - L')``."""
-    p, total = [p], [None]
-    for k in range(1, len(x)):
-        both = _chain(x, p, k)
-        total.append(None if both is None else both.sum(dim, keepdim=True))
-        terms = ((-j / k, p[k - j], total[j]) for j in range(1, k + 1))
-        p.append(_sum(terms, start=both))
-    return p, total
-
-
 def _cast(a: Jet, stacklevel, dtype) -> Series:
     dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
     return [c if c is None or dtype is None else c.to(dtype) for c in a.parts]
@@ -333,28 +233,28 @@ def _cast(a: Jet, stacklevel, dtype) -> Series:
 
 def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     x = _cast(a, _stacklevel, dtype)
-    return _partition(x, x[0].softmax(dim), dim)[0]
+    return partition(x[0].softmax(dim), x, dim)[0]
 
 
 def _log_softmax(op, a, dim=None, _stacklevel=3, dtype=None):
     x = _cast(a, _stacklevel, dtype)
     y = x[0].log_softmax(dim)
-    _, total = _partition(x, y.exp(), dim)
-    pairs = list(zip(x, total, strict=True))[1:]
+    _, log = partition(y.exp(), x, dim)
+    pairs = list(zip(x, log, strict=True))[1:]
     return y, *(c if t is None else -t.expand(y.shape) if c is None else c - t for c, t in pairs)
 
 
 def _logsumexp(op, a, dim, keepdim=False):
     if not isinstance(dim, int):
         return NotImplemented
-    _, total = _partition(a.parts, a.parts[0].softmax(dim), dim)
-    total = [t if t is None or keepdim else t.squeeze(dim) for t in total]
-    return op(a.parts[0], dim, keepdim=keepdim), *total[1:]
+    _, log = partition(a.parts[0].softmax(dim), a.parts, dim)
+    log = [t if t is None or keepdim else t.squeeze(dim) for t in log]
+    return op(a.parts[0], dim, keepdim=keepdim), *log[1:]
 
 
 RULES: dict[Callable, Callable] = table(
     LINEAR
-    | _ELEMENTWISE
+    | {name: _elementwise(expand) for name, expand in EXPANSIONS.items()}
     | {
         "detach": lambda op, a: (a.parts[0],),
         "mul": _product,
@@ -365,14 +265,6 @@ RULES: dict[Callable, Callable] = table(
         "div": _divide,
         "rdiv": _divided,
         "pow": _power,
-        "square": _root(2),
-        "sqrt": _root(0.5),
-        "rsqrt": _root(-0.5),
-        "reciprocal": _root(-1),
-        "log": _log,
-        "log1p": _log,
-        "sin": _wave,
-        "cos": _wave,
         "silu": _derived(_silu),
         "gelu": _derived(_gelu),
         "relu": _chosen(lambda y, x: x > 0),
