@@ -114,6 +114,22 @@ def test_every_nesting_is_that_of_full_logits(setting, narrow, name, temperature
     assert_same(ours, NESTINGS[name](s, weighed(from_logits(s, temperature), s.batch)))
 
 
+@pytest.mark.parametrize("nesting", ["grad(vmap)", "grad(grad(vmap))"])
+def test_vmapped_rows_share_the_parameters(setting, narrow, nesting):
+    s = setting
+
+    def outcome(fn):
+        def total(params):
+            def of_row(row):
+                return weighed(fn, fp.Batch(*(x.unsqueeze(0) for x in row)))(params)
+
+            return vmap(of_row)(s.batch).sin().sum()
+
+        return grad(total if nesting == "grad(vmap)" else along(s, total))(s.params)
+
+    assert_same(outcome(fp.scorer(s.model, s.base, chunk=5)), outcome(from_logits(s)))
+
+
 def test_row_gradients_and_backward(setting, narrow):
     s = setting
     score, full = fp.scorer(s.model, s.base, chunk=5), from_logits(s)
@@ -195,22 +211,31 @@ def test_impossible_tokens_in_reverse(narrow):
     assert_same(second(ours)(hidden, weight), second(own)(hidden, weight))
 
 
-def test_the_gradient_in_what_a_readout_or_temperature_holds_is_not_lost():
+@pytest.mark.parametrize("holds", ["readout", "temperature"])
+def test_the_gradient_in_what_a_scorer_holds_is_not_lost(holds):
+    """Beside that in the parameters, which alone makes reverse mode recompute."""
     case, batch = cases.case(), cases.batch(rows=[0, 2])
 
-    def through(w):
-        score = fp.scorer(case.model, case.base, readout=lambda z, _: (z * w).sum(-1))
-        return score(case.params, batch).value.sum()
+    def total(x, params):
+        if holds == "readout":
+            score = fp.scorer(case.model, case.base, readout=lambda z, _: (z * x).sin().sum(-1))
+        else:
+            score = fp.scorer(case.model, case.base, sampling=fp.Sampling(temperature=x))
+        return sum(y.sum() for y in score(params, batch))
 
-    def heated(t):
-        score = fp.scorer(case.model, case.base, sampling=fp.Sampling(temperature=t))
-        return sum(x.sum() for x in score(case.params, batch))
-
-    for fn, at in ((through, torch.tensor(0.7).double()), (heated, torch.tensor(1.3).double())):
-        own = (fn(at + 1e-6) - fn(at - 1e-6)) / 2e-6
-        torch.testing.assert_close(grad(fn)(at), own, rtol=1e-7, atol=0)
-        leaf = at.clone().requires_grad_()
-        torch.testing.assert_close(torch.autograd.grad(fn(leaf), leaf)[0], own, rtol=1e-7, atol=0)
+    x, params = torch.tensor(1.3).double(), case.params
+    own = (total(x + 1e-6, params) - total(x - 1e-6, params)) / 2e-6
+    found = [grad(total, (0, 1))(x, params)[0], grad(lambda x: total(x, params))(x)]
+    if holds == "readout":  # a temperature is checked, which vmap cannot
+        found.append(vmap(grad(total, (0, 1)), (0, None))(torch.stack([x, 2 * x]), params)[0][0])
+        within = vmap(grad(total, 1), (0, None))(torch.stack([x, 2 * x]), params)
+        for i in range(2):
+            assert_same({n: g[i] for n, g in within.items()}, grad(total, 1)((i + 1) * x, params))
+    leaves = [x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in params.values())]
+    loss = total(leaves[0], dict(zip(params, leaves[1:], strict=True)))
+    found.append(torch.autograd.grad(loss, leaves)[0])
+    for g in found:
+        torch.testing.assert_close(g, own, rtol=1e-6, atol=0)
 
 
 def test_a_function_of_several_inputs_recomputed_and_vmapped_over_some():
