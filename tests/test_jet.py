@@ -15,7 +15,7 @@ from funcprobe.calculus.jet import RULES, Bypassed, Jet, derivatives
 from funcprobe.calculus.nested import nested
 from funcprobe.calculus.overload import Scope
 
-mpmath.mp.dps = 40
+mpmath.mp.dps = 60  # as in test_increment: it is global
 ORDER = 4
 # Which coefficients of the argument are zero: params + t v has two, what follows has all.
 SHAPES = [(0, 1, 2, 3, 4), (0, 1), (0, 2), (0, 1, 3), (0, 4)]

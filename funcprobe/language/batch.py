@@ -32,19 +32,14 @@ class Batch(NamedTuple):
         return Batch(*(leaf[index] for leaf in self))
 
     def cut(self, tokens: int) -> tuple[list["Batch"], Tensor]:
-        """As `by_length`, with all R response slots in every block.
+        """As `by_length`, with all L positions and R response slots in every block.
 
         Functions that take a batch block by block cut it so where they are not told the rows.
         """
         if tokens < 1:
             raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
         index = cut(self, tokens)
-        blocks = [self.rows(rows.to(self.tokens.device)) for rows in index]
-        widths = [max(int(block.attention.sum(1).max()), 1) for block in blocks]
-        return [
-            block._replace(tokens=block.tokens[:, :width], attention=block.attention[:, :width])
-            for block, width in zip(blocks, widths, strict=True)
-        ], torch.cat(index)
+        return [self.rows(rows.to(self.tokens.device)) for rows in index], torch.cat(index)
 
     def to(self, device) -> "Batch":
         """The same batch on `device`."""

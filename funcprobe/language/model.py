@@ -49,7 +49,7 @@ class Model:
             return by_row(batch)
         # NOTE [fours]: vmap folds lanes and tokens into one matrix, and MKL's dgemm rounds the rows
         # past a multiple of four differently; so every lane of the same parameters is the same.
-        least = SHARED if batch.tokens.shape[1] <= self.shares else math.inf
+        least = SHARED if int(batch.attention.sum(1).max()) <= self.shares else math.inf
         return pack(batch, least=least, multiple=4 if self.float64 else 1)
 
     def states(self, params: Params, base: Params, layout: Layout) -> Tensor:
