@@ -14,51 +14,51 @@ from pathlib import Path
 
 from funcprobe import Batch, cli
 
-folder, fault, *words = sys.argv[1:]
-rank = int(os.environ["RANK"])
-log = Path(folder) / f"rank{rank}.jsonl"
-composed = sys.modules["funcprobe.probe"]  # the package's own `probe` is the function
-sweep, probe, to = composed.sweep, cli.probe, Batch.to
-swept = 0
+
+def main() -> None:
+    folder, fault, *words = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+    log = Path(folder) / f"rank{rank}.jsonl"
+    composed = sys.modules["funcprobe.probe"]  # the package's own `probe` is the function
+    sweep, probe, to = composed.sweep, cli.probe, Batch.to
+    swept = 0
+
+    def note(what, value):
+        with log.open("a") as file:
+            file.write(json.dumps([what, value]) + "\n")
+
+    def rows(batch):
+        return [row[mask].tolist() for row, mask in zip(batch.tokens, batch.attention, strict=True)]
+
+    def watched_sweep(score, params, v, etas, block, **options):
+        nonlocal swept
+        swept += 1
+        note("sweep", rows(block))
+        if rank == 1 and swept == 3:
+            if fault == "raise":
+                raise ValueError("the third block is bad")
+            if fault == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return sweep(score, params, v, etas, block, **options)
+
+    def watched_to(batch, device):
+        note("to", rows(batch))
+        return to(batch, device)
+
+    def watched_probe(checkpoint, update, evaluation, *rest, **options):
+        note("E", rows(evaluation))
+        report = probe(checkpoint, update, evaluation, *rest, **options)
+        note("report", report is not None)
+        return report
+
+    if fault == "files":  # this host's E is another one
+        at = words.index("--evaluation") + 1
+        words[at] = words[at] if rank == 0 else str(Path(folder) / "other.jsonl")
+    composed.sweep, cli.probe, Batch.to = watched_sweep, watched_probe, watched_to
+    status = cli.main(words)
+    note("status", status)
+    sys.exit(status)
 
 
-def note(what, value):
-    with log.open("a") as file:
-        file.write(json.dumps([what, value]) + "\n")
-
-
-def rows(batch):
-    return [row[mask].tolist() for row, mask in zip(batch.tokens, batch.attention, strict=True)]
-
-
-def watched_sweep(score, params, v, etas, block, **options):
-    global swept
-    swept += 1
-    note("sweep", rows(block))
-    if rank == 1 and swept == 3:
-        if fault == "raise":
-            raise ValueError("the third block is bad")
-        if fault == "die":
-            os.kill(os.getpid(), signal.SIGKILL)
-    return sweep(score, params, v, etas, block, **options)
-
-
-def watched_to(batch, device):
-    note("to", rows(batch))
-    return to(batch, device)
-
-
-def watched_probe(checkpoint, update, evaluation, *rest, **options):
-    note("E", rows(evaluation))
-    report = probe(checkpoint, update, evaluation, *rest, **options)
-    note("report", report is not None)
-    return report
-
-
-if fault == "files":  # this host's E is another one
-    at = words.index("--evaluation") + 1
-    words[at] = words[at] if rank == 0 else str(Path(folder) / "other.jsonl")
-composed.sweep, cli.probe, Batch.to = watched_sweep, watched_probe, watched_to
-status = cli.main(words)
-note("status", status)
-sys.exit(status)
+if __name__ == "__main__":
+    main()
