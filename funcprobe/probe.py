@@ -99,8 +99,11 @@ def probe(
     agree("weights and batches", fingerprint(key, update, evaluation), group)
     folder = None if resume is None else Path(resume)
     longest = max(update.tokens.shape[1], evaluation.tokens.shape[1])
-    most = room(checkpoint.model.skeleton.config, params, longest) if tokens is None else None
-    most = Room(*share(tuple(most or (tokens, max(tokens // REVERSE, 1), None)), group))
+    if tokens is None:
+        most = room(checkpoint.model.skeleton.config, params, longest)
+    else:
+        most = Room(tokens, max(tokens // REVERSE, 1), None)
+    most = Room(*share(tuple(most), group))  # blocks must be the same on every rank
     stream = Stream(device, most, key, folder, group, progress)
     clock("checksum")
 
@@ -146,6 +149,7 @@ def probe(
     )
     clock("slope")
     again = recompute(stream, score, params, v, etas, evaluation)
+    clock("rounding")
     if rank(group):
         return None
     terms = merge(terms, order)

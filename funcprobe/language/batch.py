@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .packing import cut
+# NOTE [sharing]: the responses in a sequence also multiply each other's keys, to mask them then.
+# Below so short a prompt that costs more than the prompt, above so long a sequence likewise.
+SHARED = 32
+_SEQUENCE = 512
 
 
 class Batch(NamedTuple):
@@ -38,7 +41,7 @@ class Batch(NamedTuple):
         """
         if tokens < 1:
             raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
-        index = cut(self, tokens)
+        index = _cut(self, tokens)
         return [self.rows(rows.to(self.tokens.device)) for rows in index], torch.cat(index)
 
     def to(self, device) -> "Batch":
@@ -143,6 +146,20 @@ def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
     return [trim(block) for block in blocks], order
 
 
+def sequences(prompt: list[int], steps: list[int], same: list) -> tuple[list[int], list[int]]:
+    """Each row's sequence, and where its response starts; `same`: it may join the row before."""
+    sequence, start, end = [], [], 0
+    for p, t, joins in zip(prompt, steps, same, strict=True):
+        if sequence and joins and end + t <= _SEQUENCE:
+            sequence.append(sequence[-1])
+        else:
+            sequence.append(sequence[-1] + 1 if sequence else 0)
+            end = p
+        start.append(end)
+        end += max(t - 1, 0)  # a response's last token predicts nothing
+    return sequence, start
+
+
 def trim(batch: Batch) -> Batch:
     """Drops the positions and response slots that no row of the batch uses (at least one stays)."""
     width = max(int(batch.attention.sum(1).max()), 1)
@@ -166,6 +183,33 @@ def targets(batch: Batch) -> Tensor:
 def lengths(batch: Batch) -> Tensor:
     """Response lengths T_i, [N] int64."""
     return batch.response.sum(1)
+
+
+def _cut(batch: Batch, tokens: int) -> list[Tensor]:
+    """The rows of each block: those of one prompt together, sequences of like length together."""
+    prompt, steps = (batch.position[:, 0] + 1).tolist(), batch.response.sum(1).tolist()
+    rows = zip(batch.tokens.cpu().numpy(), prompt, strict=True)
+    names = [row[:length].tobytes() for row, length in rows]
+    ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    order = sorted(range(len(names)), key=lambda i: ids[names[i]])
+    same = [
+        prompt[i] >= SHARED and names[i] == names[before]
+        for i, before in zip(order, [*order[:1], *order], strict=False)
+    ]
+    found = sequences([prompt[i] for i in order], [steps[i] for i in order], same)
+    members: dict[int, list[int]] = {}
+    length: dict[int, int] = {}
+    for i, sequence, start in zip(order, *found, strict=True):
+        members.setdefault(sequence, []).append(i)
+        length[sequence] = start + steps[i]
+    blocks, held, longest = [], 0, 0
+    for sequence in sorted(length, key=length.__getitem__, reverse=True):
+        if not blocks or (held + 1) * longest > tokens:
+            blocks.append([])
+            held, longest = 0, length[sequence]
+        blocks[-1] += members[sequence]
+        held += 1
+    return [torch.tensor(block) for block in blocks]
 
 
 def _same_length(name: str, values, n: int) -> None:

@@ -1,20 +1,12 @@
-"""How the model reads a batch: rows of like length together, a prompt once for its responses."""
+"""How the model reads a batch: a prompt once for its responses, and no place that is not scored."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-if TYPE_CHECKING:
-    from .batch import Batch
-
-# NOTE [sharing]: the responses in a sequence also multiply each other's keys, to mask them then.
-# Below so short a prompt that costs more than the prompt, above so long a sequence likewise.
-SHARED = 32
-_SEQUENCE = 512
+from .batch import SHARED, Batch, sequences, targets
 
 
 class Layout(NamedTuple):
@@ -35,10 +27,9 @@ def by_row(batch: Batch) -> Layout:
     """Every row as it is with all its response slots: passes through `vmap` over rows."""
     (n, steps), width = batch.position.shape, batch.tokens.shape[1]
     first = torch.arange(n, device=batch.tokens.device).unsqueeze(1) * width
-    target = batch.tokens.gather(1, (batch.position + 1).clamp(max=width - 1))
     slot = torch.arange(n * steps, device=batch.tokens.device).view(n, steps)
     read = (first + batch.position).flatten()
-    return Layout(batch.tokens, None, None, read, target.flatten(), slot)
+    return Layout(batch.tokens, None, None, read, targets(batch).flatten(), slot)
 
 
 def pack(batch: Batch, *, least: float = SHARED, multiple: int = 1) -> Layout:
@@ -56,7 +47,7 @@ def pack(batch: Batch, *, least: float = SHARED, multiple: int = 1) -> Layout:
     same = torch.cat([prompt.new_zeros(1, dtype=torch.bool), equal.all(1)])
     same[1:] &= prompt[1:] == prompt[:-1]
     sizes = torch.stack([prompt, steps, same & (prompt >= least)]).tolist()
-    sequence, start = (torch.tensor(x, device=device) for x in _sequences(*sizes))
+    sequence, start = (torch.tensor(x, device=device) for x in sequences(*sizes))
     first = sequence.diff(prepend=sequence.new_full((1,), -1)) > 0
     length = max(int((start + steps).max()) - 1, 1)
     length += -length % multiple
@@ -78,8 +69,7 @@ def pack(batch: Batch, *, least: float = SHARED, multiple: int = 1) -> Layout:
         )
     count = int(steps.sum())
     spare = max(1 - count, 0) + -max(count, 1) % multiple
-    target = batch.tokens.gather(1, (batch.position + 1).clamp(max=width - 1))
-    read, target = (pad(x[batch.response], (0, spare)) for x in (at, target))
+    read, target = (pad(x[batch.response], (0, spare)) for x in (at, targets(batch)))
     slot = (batch.response.flatten().cumsum(0) - 1).clamp(min=0).view_as(batch.response)
     return Layout(tokens, place, segment, read, target, slot)
 
@@ -91,44 +81,3 @@ def visible(segment: Tensor, dtype: torch.dtype) -> Tensor:
     seen = ((keys == 0) | (keys == segment.unsqueeze(2))) & (ahead <= ahead.unsqueeze(1))
     hidden = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
     return hidden.masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
-
-
-def cut(batch: Batch, tokens: int) -> list[Tensor]:
-    """The rows of each block: those of one prompt together, sequences of like length together."""
-    prompt, steps = (batch.position[:, 0] + 1).tolist(), batch.response.sum(1).tolist()
-    rows = zip(batch.tokens.cpu().numpy(), prompt, strict=True)
-    names = [row[:length].tobytes() for row, length in rows]
-    ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    order = sorted(range(len(names)), key=lambda i: ids[names[i]])
-    same = [
-        prompt[i] >= SHARED and names[i] == names[before]
-        for i, before in zip(order, [*order[:1], *order], strict=False)
-    ]
-    found = _sequences([prompt[i] for i in order], [steps[i] for i in order], same)
-    members: dict[int, list[int]] = {}
-    length: dict[int, int] = {}
-    for i, sequence, start in zip(order, *found, strict=True):
-        members.setdefault(sequence, []).append(i)
-        length[sequence] = start + steps[i]
-    blocks, held, longest = [], 0, 0
-    for sequence in sorted(length, key=length.__getitem__, reverse=True):
-        if not blocks or (held + 1) * longest > tokens:
-            blocks.append([])
-            held, longest = 0, length[sequence]
-        blocks[-1] += members[sequence]
-        held += 1
-    return [torch.tensor(block) for block in blocks]
-
-
-def _sequences(prompt: list[int], steps: list[int], same: list) -> tuple[list[int], list[int]]:
-    """Each row's sequence, and where its response starts; `same`: it may join the row before."""
-    sequence, start, end = [], [], 0
-    for p, t, joins in zip(prompt, steps, same, strict=True):
-        if sequence and joins and end + t <= _SEQUENCE:
-            sequence.append(sequence[-1])
-        else:
-            sequence.append(sequence[-1] + 1 if sequence else 0)
-            end = p
-        start.append(end)
-        end += max(t - 1, 0)  # a response's last token predicts nothing
-    return sequence, start
