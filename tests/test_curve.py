@@ -96,6 +96,72 @@ def test_a_curve_of_sixty_four_points(checkpoint, evaluation, stepped, kind):
     assert torch.allclose(fp.entropy_change(got, batch).value, exact, rtol=1e-5, atol=1e-12)
 
 
+def poles(params, batch):
+    """Functions whose nearest singularity along a line is at -1 / batch."""
+    t = params["t"]
+    return torch.stack([torch.log1p(batch * t), batch * t / (1 + batch * t)], dim=-1)
+
+
+ZERO = torch.zeros((), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tol", [1e-3, 1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize("fn", [analytic, poles])
+def test_the_bound_holds_for_fast_and_slow_curves(fn, tol):
+    batch = torch.tensor([0.01, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0], dtype=torch.float64)
+    etas = torch.linspace(0, 1, 101, dtype=torch.float64)
+    got = fp.sweep(fn, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes="auto", tol=tol)
+    want = torch.stack([fn({"t": eta}, batch) - fn({"t": ZERO}, batch) for eta in etas])
+    off = (got.change - want).abs()
+    largest = float((want[1:] / etas[1:, None, None]).abs().max())
+    assert (off.amax((1, 2)) <= got.bound + 1e-15).all()
+    # What was asked for is kept and not much overdone by the row that needed most.
+    assert off.max() <= tol * largest + 1e-15
+    assert got.bound.max() <= 1.1 * tol * largest + 1e-13
+
+
+def test_each_row_is_evaluated_as_often_as_it_needs():
+    batch = torch.tensor([0.01, 2.0, 0.3, 2.0], dtype=torch.float64)
+    seen = []
+
+    def counting(params, batch):
+        seen.extend(batch.tolist())
+        return poles(params, batch)
+
+    etas = torch.linspace(0, 1, 21, dtype=torch.float64)
+    got = fp.sweep(
+        counting, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes="auto", rows=1, lanes=1
+    )
+    few, some, many = (seen.count(x) for x in (0.01, 0.3, 2.0))
+    assert few < some < many / 2
+    want = torch.stack([poles({"t": eta}, batch) for eta in etas])
+    assert torch.allclose(got.change, want, rtol=0, atol=2e-6)
+    assert torch.allclose(got.change[:, 1], got.change[:, 3], rtol=0, atol=0)
+
+
+def test_an_error_small_by_chance_is_not_believed():
+    """The last node's own error vanishes; the ones before it say that it may."""
+    from funcprobe.calculus.curve import _tail
+
+    errors = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625, 0.0], dtype=torch.float64)
+    bound, rate = _tail(errors.unsqueeze(1))
+    assert float(rate) == 0.5 and float(bound) == 0.03125
+
+
+def test_coarse_products_are_interpolated_to_what_they_hold():
+    case, batch = cases.case("llama"), cases.batch()
+    score, v = fp.scorer(case.model, case.base), cases.direction(case.params, size=1e-3)
+    etas = torch.linspace(0, 1, 9, dtype=torch.float64)
+    same = {"change": "increment", "nodes": "auto"}
+    got = fp.sweep(score, case.params, v, etas, batch, matmul="bfloat16", **same)
+    want = fp.sweep(score, case.params, v, etas, batch, change="increment")
+    off = (got.change.logp - want.change.logp).abs().amax((1, 2))
+    assert (off <= got.bound)[got.source != EVALUATED].all()
+    assert off.max() < 0.03 * want.change.logp.abs().max()
+    with pytest.raises(ValueError, match="matmul must be"):
+        fp.sweep(score, case.params, v, etas, batch, matmul="float8", **same)
+
+
 def test_blocks_join_with_their_bounds():
     case, batch = cases.case("llama", torch.float64), cases.batch()
     score, v = fp.scorer(case.model, case.base), cases.direction(case.params, size=1e-3)

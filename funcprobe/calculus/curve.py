@@ -4,9 +4,10 @@ A change vanishes at eta = 0, so g(eta) = change / eta is as smooth as the chang
 is the derivative. Interpolating g keeps full relative accuracy for tiny eta.
 
 The nodes are Leja points: each lies where the product of distances to those before it, and so the
-error of their interpolant, is largest. So new nodes first test the curve without them where that
-is worst, and none is wasted on a test. Trefethen, Approximation Theory and Approximation Practice
-(2013), chapter 5; Reichel, BIT 30 (1990), 332-346.
+error of their interpolant, is largest. So each new node first measures the curve without it where
+that is worst, and none is wasted on a test. These errors fall at a rate that each row's nearest
+singularity sets, and each row gets the nodes it needs. Trefethen, Approximation Theory and
+Approximation Practice (2013), chapters 5 and 8; Reichel, BIT 30 (1990), 332-346.
 """
 
 from collections.abc import Callable
@@ -14,72 +15,103 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .tree import leaves, tree_map
+from .tree import leaves, size, tree_map
 
 EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source
 
-_FIRST, _MORE, _MOST = 5, 2, 33  # evaluations at first, at a time after that, and at most
-_ROUNDINGS = 64  # of the values' precision: more nodes mend no error below that
+_FIRST, _MOST = 4, 33  # evaluations at first, and at most
 
 
 def interpolate(
-    at: Callable[[Tensor], object], slope, etas: Tensor, degree: int | None, tol: float
+    at: Callable[[Tensor, Tensor], object],
+    slope,
+    etas: Tensor,
+    degree: int | None,
+    tol: float,
+    rounding: float,
 ) -> tuple[object, Tensor, Tensor]:
     """Changes at many etas from their values at few.
 
     Args:
-        at: ``etas [n] -> tree`` of changes with leading n; the expensive half.
-        slope: the tree of derivatives at 0.
+        at: ``(etas [n], rows [M]) -> tree`` of changes of those rows, leaves [n, M, ...]; the
+            expensive half.
+        slope: the tree of derivatives at 0, leaves [N, ...].
         etas: [K] float64 where the changes are wanted.
-        degree: of the polynomial in change / eta; None adds nodes until the error of every element
-            of the curve without the last two is below `tol` times the largest change.
-        tol: see `degree`; 64 roundings of the values' precision if it is less.
+        degree: of the polynomial in change / eta; None adds nodes, to the rows that need them,
+            until every element's error is below `tol` times the largest change of all.
+        tol: see `degree`; `rounding` if it is less.
+        rounding: the changes' own error, relative: more nodes mend none below it.
 
     Returns:
         The changes at `etas`, leading K; a bound [K] on the interpolation's error in any element,
-        which the last two nodes measured; and the source [K] of each.
+        from the errors that the nodes measured; and the source [K] of each.
 
     Raises:
         ValueError: the tolerance is not met with 33 nodes.
     """
     low, high = min(float(etas.min()), 0.0), max(float(etas.max()), 0.0)
+    curve = tree_map(lambda s: s.new_zeros(len(etas), *s.shape), slope)
+    source = torch.full(etas.shape, INTERPOLATED, dtype=torch.int8)
+    source[etas == 0] = LAW
     if low == high:
-        zero = tree_map(lambda s: s.new_zeros(len(etas), *s.shape), slope)
-        return zero, torch.zeros_like(etas), torch.full(etas.shape, LAW, dtype=torch.int8)
+        return curve, torch.zeros_like(etas), source
     nodes = _leja(low, high, _MOST if degree is None else degree)
+    tol = float("inf") if degree is not None else max(tol, rounding)
     g = tree_map(lambda s: s.double().unsqueeze(0), slope)
-    precision = max(torch.finfo(s.dtype).eps for s in leaves(slope))
-    tol = max(tol, _ROUNDINGS * precision)
-    while True:
+    rows, more, errors, largest, worst = torch.arange(size(slope)), degree or _FIRST, [], 0.0, 0.0
+    while len(rows):
         have = len(leaves(g)[0])
-        stop = have + (_FIRST if have == 1 else _MORE) if degree is None else degree + 1
-        new = nodes[have:stop]
-        changed = at(new)
-        g = tree_map(lambda old, c, x=new: torch.cat([old, _over(c.double(), x)]), g, changed)
-        known = nodes[: len(leaves(g)[0])]
-        # The curve without the last two nodes, at both: one alone can lie beside the error's peak.
-        error = max(
-            float((_apply(known[:-2], known[-2:], leaf[:-2]) - leaf[-2:]).abs().max())
-            for leaf in leaves(g)
-        )
-        size = max(float(leaf.abs().max()) for leaf in leaves(g))
-        if degree is not None or error <= tol * size:
-            break
-        if len(known) > _MOST:
+        known, new = nodes[: have + more], nodes[have : have + more]
+        g = tree_map(lambda old, c, x=new: torch.cat([old, _over(c, x)]), g, at(new, rows))
+        if have == 1:
+            source[torch.isin(etas, new)] = EVALUATED
+        errors += [_held_out(known, g, n) for n in range(have, have + more)]
+        bound, rate = _tail(torch.stack(errors))
+        largest = max(largest, *(float(leaf.abs().max()) for leaf in leaves(g)))
+        done = bound <= tol * largest
+        if len(known) > _MOST and not done.all():
             raise ValueError(
                 f"sweep: the curve over [{low:.3g}, {high:.3g}] is not smooth enough for "
-                f"nodes='auto': with {_MOST} nodes its relative error is {error / size:.1e}, "
-                f"{tol:.0e} was asked for. Narrow the range, raise tol, or leave nodes out. "
-                "Differences of float32 values are rough themselves, change='increment' is not."
+                f"nodes='auto': with {_MOST} nodes its relative error is "
+                f"{float(bound.max()) / largest:.1e}, {tol:.0e} was asked for. Narrow the range, "
+                "raise tol, or leave nodes out. Differences of float32 values are rough "
+                "themselves, change='increment' is not."
             )
-    curve = tree_map(lambda leaf, s: _times(_apply(known, etas, leaf), etas).to(s.dtype), g, slope)
-    source = torch.full(etas.shape, INTERPOLATED, dtype=torch.int8)
-    source[torch.isin(etas, known)] = EVALUATED
-    source[etas == 0] = LAW
-    # The evaluations' own rounding is not in it, the interpolation's is.
-    rounding = 16 * precision * size
-    bound = torch.where(source == INTERPOLATED, etas.abs() * (error + rounding), 0.0)
+        for out, leaf in zip(leaves(curve), leaves(g), strict=True):
+            out[:, rows[done]] = _times(_apply(known, etas, leaf[:, done]), etas).to(out.dtype)
+        worst = max(worst, float(torch.where(done, bound, 0.0).max()))
+        left = ~done
+        g = tree_map(lambda leaf, left=left: leaf[:, left], g)
+        rows, errors = rows[left], [error[left] for error in errors]
+        if len(rows):  # as many more as the least demanding of them needs at its rate
+            need = (bound / (tol * largest)).log() / -rate.log()
+            more = int(need[left].min().ceil().clamp(1, _MOST + 1 - len(known)))
+    # Rounding twice: the nodes', and that of an evaluation to compare with.
+    error = etas.abs() * (worst + 2 * rounding * largest)
+    bound = torch.where(source == INTERPOLATED, error, 0.0)
     return curve, bound, source
+
+
+def _held_out(nodes: Tensor, values, n: int) -> Tensor:
+    """The largest error [M] of the curve through n nodes at the one after them."""
+    each = [
+        (_apply(nodes[:n], nodes[n : n + 1], leaf[:n])[0] - leaf[n]).abs().flatten(1).amax(1)
+        for leaf in (leaf.unsqueeze(-1) for leaf in leaves(values))
+    ]
+    return torch.stack(each).amax(0).cpu()
+
+
+def _tail(errors: Tensor) -> tuple[Tensor, Tensor]:
+    """A bound [M] on the error through all nodes, and the rate [M] at which a node divides it.
+
+    Args:
+        errors: [n, M] of the curves through 1, ..., n nodes, each at the next; n >= 3.
+    """
+    # An error can be small by chance: those before it say, at their mean rate, what it may hide.
+    errors = errors.clamp(min=torch.finfo(errors.dtype).tiny)
+    rate = (errors[-2] / errors[0]).pow(1 / (len(errors) - 2)).clamp(max=0.9)
+    ago = torch.arange(len(errors) - 1, -1, -1, dtype=errors.dtype).unsqueeze(1)
+    return (errors * rate**ago).amax(0) * (rate / (1 - rate)).clamp(min=1), rate
 
 
 def _leja(low: float, high: float, n: int) -> Tensor:
@@ -98,7 +130,7 @@ def _leja(low: float, high: float, n: int) -> Tensor:
 def _apply(nodes: Tensor, x: Tensor, values: Tensor) -> Tensor:
     """The interpolant of `values` [n, ...] at x [K], by the barycentric formula."""
     apart = nodes[:, None] - nodes
-    apart = apart / apart.abs().max() + torch.eye(len(nodes), dtype=torch.float64)
+    apart = apart / (apart.abs().max() or 1) + torch.eye(len(nodes), dtype=torch.float64)
     gap = x[:, None] - nodes
     hit = gap == 0
     matrix = 1 / apart.prod(1) / torch.where(hit, 1.0, gap)
@@ -112,4 +144,5 @@ def _times(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _over(values: Tensor, x: Tensor) -> Tensor:
+    values = values.double()
     return values / x.to(values).view(-1, *[1] * (values.ndim - 1))

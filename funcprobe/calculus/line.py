@@ -19,10 +19,12 @@ from .tree import (
     concatenate,
     leaves,
     merge,
+    size,
     tree_map,
 )
 
 _LANES = 8
+_ROUNDING = {None: 0.0, "tf32": 2**-8, "bfloat16": 2**-5}  # of changes by such products, relative
 
 
 class Sweep(NamedTuple):
@@ -119,9 +121,10 @@ def sweep(
         batch: a tree of tensors with leading N.
         nodes: None evaluates every eta. A degree, or "auto", interpolates change / eta between
             that many nodes in the range of etas and 0, and its derivative at 0: a curve
-            of any length for about five evaluations. `bound` is in the unit of the output.
-        tol: the error that "auto" allows, relative to the largest change; 64 roundings of the
-            output's precision (8e-6 in float32) if it is less.
+            of any length for four to seven evaluations, of each row as many as its `tol` needs.
+            `bound` is in the unit of the output.
+        tol: the error that "auto" allows, relative to the largest change; what rounding leaves
+            (8e-6 in float32, 4e-3 with products in tf32, 0.03 in bfloat16) if that is more.
         change, matmul, rules, rows, lanes: as in `changes`.
 
     Raises:
@@ -171,15 +174,19 @@ def sweep_blocks(
         base, slope = taylor(fn, params, v, part, rows=rows)
         runs = []
 
-        def at(points: Tensor, part=part, runs=runs, base=base):
-            # Later nodes come two at a time.
+        def at(points: Tensor, index: Tensor, part=part, runs=runs, base=base):
             own = options | {"lanes": lanes and min(lanes, len(points))}
+            if len(index) < size(part):
+                part, base = (tree_map(lambda leaf: leaf[index], tree) for tree in (part, base))
             some = _along(v, params, points)
             runs.append(_changes(fn, params, some, len(points), part, own, base))
             return runs[-1][1]
 
         degree = None if nodes == "auto" else nodes
-        changed, bound, source = interpolate(at, slope, etas, degree, tol)
+        rounding = max(
+            [_ROUNDING.get(matmul, 0.0), *(64 * torch.finfo(s.dtype).eps for s in leaves(slope))]
+        )
+        changed, bound, source = interpolate(at, slope, etas, degree, tol, rounding)
         fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
         shrunk = tuple(note for run in runs for note in run[3])
         yield Sweep(etas, base, changed, bound, source, fallbacks, shrunk)

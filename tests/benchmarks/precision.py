@@ -123,7 +123,7 @@ def cost(rows: int, rounds: int) -> dict:
 def curve(rows: int, end: float | None) -> dict:
     """A 64-point curve from a few nodes: its time over every point's and a loop's, its error."""
     run = Case(*_of(torch.float64), rows_of(rows))
-    end = end or NATS / float(run.taylor(1)[1].logp.abs().max())
+    end = end or _where_tokens_move(run, NATS)
     etas = torch.linspace(0, end, POINTS + 1, dtype=torch.float64)[1:]
     out: dict = {"points": POINTS, "rows": rows, "range": end}
     truth = None
@@ -141,7 +141,7 @@ def curve(rows: int, end: float | None) -> dict:
         looped, seconds = loop(passes.tolist())
         size = max(float(leaf.abs().max()) for leaf in truth.change)
         out[f"{dtype} {change}".removeprefix("torch.")] = figures = {
-            "evaluations": _evaluations(run, etas),
+            "evaluations, by response": _evaluations(run, etas, change),
             "curve, seconds": middle - start,
             "every point, over the curve": (stop - middle) / (middle - start),
             "sorted loop, over the curve": seconds * POINTS / (middle - start),
@@ -199,6 +199,14 @@ def _live(dtype: torch.dtype):
     return PeftModel.from_pretrained(module, next(EXAMPLE.glob("checkpoint-*"))).eval()
 
 
+def _where_tokens_move(run: Case, nats: float) -> float:
+    """The learning rate at which some token's log-probability has first moved so far."""
+    top = 2 * nats / float(run.taylor(1)[1].logp.abs().max())
+    etas = torch.linspace(0, top, 1001, dtype=torch.float64)
+    moved = run.sweep(etas, 6, nodes="auto", tol=1e-3).change.logp.abs().amax((1, 2))
+    return float(etas[(moved >= nats).nonzero()[0]])
+
+
 def _worst(a: fp.Sweep, b: fp.Sweep) -> float:
     """The largest difference of any token, in nats."""
     return max(float((x - y).abs().max()) for x, y in zip(a.change, b.change, strict=True))
@@ -209,17 +217,17 @@ def _off(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def _evaluations(run: Case, etas) -> int:
-    """How many learning rates a curve is evaluated at, of the first row."""
-    points = []
+def _evaluations(run: Case, etas, change: str) -> list[int]:
+    """How many learning rates each row's curve is evaluated at."""
+    rows: list[int] = []
 
     def counting(params, batch):
-        points.append(1)
+        rows.extend(batch.group.tolist())
         return run.score(params, batch)
 
-    same = {"change": "increment", "nodes": "auto", "rows": 1, "lanes": 1}
-    fp.sweep(counting, run.params, run.v, etas, run.batch.rows(slice(0, 1)), **same)
-    return len(points) - 1  # the derivative is one more call
+    batch = run.batch._replace(group=torch.arange(len(run.batch.group)))
+    fp.sweep(counting, run.params, run.v, etas, batch, change=change, nodes="auto", rows=1, lanes=1)
+    return [rows.count(n) - 1 for n in range(len(batch.group))]  # the derivative is a call too
 
 
 def main() -> None:
@@ -239,9 +247,9 @@ def main() -> None:
         elif part == "cost":
             figures[part] = cost(arguments.rows, arguments.rounds)
         elif part == "curve":
-            figures[part] = curve(max(arguments.rows // 4, 1), None)
+            figures[part] = curve(arguments.rows, None)
         elif part == "range":
-            figures[part] = curve(max(arguments.rows // 4, 1), 1e-4)
+            figures[part] = curve(arguments.rows, 1e-4)
         w.write(arguments.out, figures)
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.utils import logging
 
 import funcprobe as fp
+from funcprobe.language.batch import trim
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 MODELS = ("smollm2", "qwen1.5b")
@@ -89,7 +90,7 @@ def in_eights(batch: fp.Batch, *, sort: bool) -> list[fp.Batch]:
     length = batch.attention.sum(1)
     order = torch.argsort(length) if sort else torch.arange(len(length), device=length.device)
     parts = [batch.rows(order[i : i + 8]) for i in range(0, len(order), 8)]
-    return [fp.by_length(part, tokens=10**9)[0][0] for part in parts]
+    return [trim(part) for part in parts]
 
 
 def scores_of(logits: torch.Tensor, batch: fp.Batch) -> fp.Scores:
