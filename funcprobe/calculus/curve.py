@@ -109,7 +109,7 @@ def _tail(errors: Tensor) -> tuple[Tensor, Tensor]:
     """
     # An error can be small by chance: those before it say, at their mean rate, what it may hide.
     errors = errors.clamp(min=torch.finfo(errors.dtype).tiny)
-    rate = (errors[-2] / errors[0]).pow(1 / (len(errors) - 2)).clamp(max=0.9)
+    rate = (errors[-2] / errors[0]).pow(1 / (len(errors) - 2)).clamp(max=0.75)
     ago = torch.arange(len(errors) - 1, -1, -1, dtype=errors.dtype).unsqueeze(1)
     return (errors * rate**ago).amax(0) * (rate / (1 - rate)).clamp(min=1), rate
 
