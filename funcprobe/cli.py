@@ -51,7 +51,10 @@ class ProbeArguments:
     evaluation: str | None = field(default=None, metadata={"help": "E, a file of JSON lines."})
     etas: str = field(
         default="0,0.25x,0.5x,1x,2x,4x",
-        metadata={"help": "Learning rates: 0.5x of the checkpoint's, or absolute, 1e-6."},
+        metadata={
+            "help": "Learning rates: 0.5x of the checkpoint's, or absolute, 1e-6; 0:4x:65 is 65 of "
+            "them, evenly."
+        },
     )
     recipe: str = field(
         default="dr_grpo", metadata={"help": "reinforce, rloo, grpo, dr_grpo or dapo."}
@@ -87,6 +90,10 @@ class ProbeArguments:
             "help": "Exact increments, or differences of values.",
             "choices": ["increment", "direct"],
         },
+    )
+    nodes: str | None = field(
+        default=None,
+        metadata={"help": "auto: interpolate the learning rates from a few evaluations."},
     )
     matmul: str = field(
         default="full",
@@ -143,24 +150,43 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse_etas(text: str, lr: float) -> list[float]:
-    """Learning rates from text: ``1x`` in units of `lr`, plain numbers absolute.
+    """Learning rates from text: ``1x`` in units of `lr`, plain numbers absolute, evenly as a:b:n.
 
     >>> parse_etas("0, 0.5x, 1e-6", 2e-5)
     [0.0, 1e-05, 1e-06]
+    >>> parse_etas("0:1x:3, 4e-5", 2e-5)
+    [0.0, 1e-05, 2e-05, 4e-05]
     """
+
+    def rate(word: str) -> float:
+        eta = float(word[:-1]) * lr if word.endswith("x") else float(word)
+        if not math.isfinite(eta):
+            raise ValueError
+        return eta
+
     etas = []
-    for word in str(text).split(","):
-        word = word.strip()
+    for word in (word.strip() for word in str(text).split(",")):
         try:
-            etas.append(float(word[:-1]) * lr if word.endswith("x") else float(word))
-            if not math.isfinite(etas[-1]):
-                raise ValueError
-        except ValueError:
+            start, *rest = word.split(":")
+            if rest:
+                stop, points = rest
+                etas += torch.linspace(
+                    rate(start), rate(stop), int(points), dtype=torch.float64
+                ).tolist()
+            else:
+                etas.append(rate(start))
+        except (ValueError, RuntimeError):
             raise ValueError(
-                "etas: finite numbers such as 0.5x (of the learning rate) or 1e-6, separated by "
-                f"commas, were expected, found {word!r}."
+                "etas: finite numbers such as 0.5x (of the learning rate) or 1e-6, or 0:4x:65 for "
+                f"65 from 0 to 4x, separated by commas, were expected, found {word!r}."
             ) from None
     return etas
+
+
+def _nodes(word) -> int | str | None:
+    if word in (None, "auto") or str(word).isdigit():
+        return word if word in (None, "auto") else int(word)
+    raise ValueError(f"nodes: auto or a degree such as 5 was expected, not {word!r}.")
 
 
 def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
@@ -230,6 +256,7 @@ def _probe(arguments: ProbeArguments, device: str, group) -> None:
         per=arguments.per,
         off_policy=arguments.off_policy,
         change=arguments.change,
+        nodes=_nodes(arguments.nodes),
         matmul=None if arguments.matmul == "full" else arguments.matmul,
         max_length=max_length,
         tokens=arguments.tokens,

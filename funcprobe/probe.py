@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .calculus.curve import FIRST
 from .calculus.line import join, sweep
 from .calculus.precision import exact, settings
 from .calculus.rows import REVERSE, evaluate
@@ -41,6 +42,7 @@ def probe(
     per: str = "token",
     off_policy: bool = False,
     change: str = "increment",
+    nodes: int | str | None = None,
     matmul: str | None = None,
     max_length: int | None = None,
     tokens: int | None = None,
@@ -67,6 +69,7 @@ def probe(
         off_policy: E was sampled elsewhere, with the log-probabilities it records: weigh its rows
             by them. Without, E is taken to be sampled at the checkpoint, and flagged if it was not.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
+        nodes: "auto" interpolates many etas from a few evaluations of each block; see `sweep`.
         matmul: "tf32" or "bfloat16", the precision of the increments' matrix products; its error is
             measured and reported.
         max_length: the divisor of recipes with a constant one, in tokens.
@@ -131,8 +134,9 @@ def probe(
     lr = float(step.lr)
     etas = [lr * m for m in MULTIPLES] if etas is None else etas(lr) if callable(etas) else etas
     etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
-    lanes = max(min(lanes, len(etas) + (change == "direct")), 1)
-    same = {"change": change, "matmul": matmul, "lanes": lanes}
+    points = len(etas) + (change == "direct") if nodes is None else FIRST
+    lanes = max(min(lanes, points), 1)
+    same = {"change": change, "nodes": nodes, "matmul": matmul, "lanes": lanes}
     blocks, order = stream.cut(evaluation, lanes)
     swept = stream.each(
         "sweep over E",
@@ -191,6 +195,8 @@ def probe(
             "evaluation": _sizes(evaluation),
             "change": change,
             "matmul": matmul or "full",
+            "nodes": nodes or "every learning rate",
+            "interpolation's error of a token, nats, at most": float(swept.bound.max()),
             "importance weights": weights,
             "off policy": off_policy,
             "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},

@@ -110,8 +110,10 @@ def test_help_and_unknown_commands(tmp_path):
 
 def test_etas_are_multiples_or_absolute():
     assert parse_etas("0.5x, 2e-6,-1x", 1e-3) == [5e-4, 2e-6, -1e-3]
-    with pytest.raises(ValueError, match="found ''"):
-        parse_etas("1x,,2x", 1.0)
+    assert parse_etas("1e-6, -1x:1x:5", 1e-3) == [1e-6, -1e-3, -5e-4, 0.0, 5e-4, 1e-3]
+    for bad in ("", "0:1x", "0:1x:2:3", "0:1x:few", "0:1x:-2", "0:inf:3", "x"):
+        with pytest.raises(ValueError, match=f"found '{bad}'"):
+            parse_etas(f"1x,{bad},2x", 1.0)
 
 
 @pytest.fixture
@@ -142,6 +144,7 @@ def test_every_option_arrives(inputs, called, capsys):
         "max_length": 31,
         "dtype": "float64",
         "change": "direct",
+        "nodes": "auto",
         "device": "cpu",
         "optimizer": "fresh",
         "lr": 0.25,
@@ -149,7 +152,7 @@ def test_every_option_arrives(inputs, called, capsys):
         "tokens": 99,
     }
     got = called(capsys, settings)
-    options = ("recipe", "weights", "per", "max_length", "change", "tokens")
+    options = ("recipe", "weights", "per", "max_length", "change", "nodes", "tokens")
     assert {name: got[name] for name in options} == {name: settings[name] for name in options}
     checkpoint = got["checkpoint"]
     assert next(iter(checkpoint.params.values())).dtype == torch.float64
@@ -164,7 +167,7 @@ def test_what_is_left_out(inputs, called, capsys):
     got = called(capsys, inputs | {"max_grad_norm": 0})
     assert got["checkpoint"].adamw["max_grad_norm"] is None
     assert got["checkpoint"].match != "fresh optimizer"
-    assert got["max_length"] is None and got["tokens"] is None
+    assert got["max_length"] is None and got["tokens"] is None and got["nodes"] is None
     assert next(iter(got["checkpoint"].params.values())).dtype == torch.float32
     assert called(capsys, {})["max_length"] == cli.BUNDLED_MAX_LENGTH
 

@@ -120,6 +120,18 @@ def test_blocks_and_lanes_change_nothing(checkpoint, small, report):
     assert torch.allclose(other.series.psi, report.series.psi, rtol=1e-8, atol=1e-12)
 
 
+def test_a_dense_curve_is_what_every_point_gives(checkpoint, small):
+    etas = checkpoint.adamw["lr"] * torch.linspace(0, 2, 33, dtype=torch.float64)
+    every, curve = (fp.probe(checkpoint, *small, etas, nodes=nodes) for nodes in (None, "auto"))
+    # The bundled checkpoint is float64, where a curve is good to 1e-6 of the largest change.
+    largest = float(every.change.value.abs().max())
+    assert float((curve.change.value - every.change.value).abs().max()) < 1e-5 * largest
+    assert torch.allclose(curve.change.stderr, every.change.stderr, rtol=1e-4, atol=1e-12)
+    bound = "interpolation's error of a token, nats, at most"
+    assert 0 < curve.about[bound] < 1e-4 and every.about[bound] == 0
+    assert curve.rounding.floor < float(etas[1])
+
+
 def test_the_weights_are_as_before(checkpoint, small, report):
     weights = report.about["weights"]
     assert weights["same"] and weights["sha256 before"] == checksum(

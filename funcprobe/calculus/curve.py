@@ -19,7 +19,7 @@ from .tree import leaves, size, tree_map
 
 EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source
 
-_FIRST, _MOST = 4, 33  # evaluations at first, and at most
+FIRST, _MOST = 4, 33  # evaluations at first, and at most
 
 
 def interpolate(
@@ -58,7 +58,7 @@ def interpolate(
     nodes = _leja(low, high, _MOST if degree is None else degree)
     tol = float("inf") if degree is not None else max(tol, rounding)
     g = tree_map(lambda s: s.double().unsqueeze(0), slope)
-    rows, more, errors, largest, worst = torch.arange(size(slope)), degree or _FIRST, [], 0.0, 0.0
+    rows, more, errors, largest, worst = torch.arange(size(slope)), degree or FIRST, [], 0.0, 0.0
     while len(rows):
         have = len(leaves(g)[0])
         known, new = nodes[: have + more], nodes[have : have + more]

@@ -35,10 +35,12 @@ def load(dtype: torch.dtype):
     return ckpt, fp.scorer(ckpt.model, ckpt.base), fp.direction(step, still)
 
 
-def rows_of(count: int) -> fp.Batch:
-    """Responses to different prompts, evenly over E."""
+def rows_of(count: int, responses: int = 1) -> fp.Batch:
+    """So many rows evenly over E, so many responses to a prompt; E has four of each."""
     batch = fp.read_batch(EXAMPLE / "evaluation.jsonl")
-    return trim(batch.rows(torch.linspace(0, len(batch.group) - 1, count).round().long()))
+    last = len(batch.group) // responses - 1
+    first = torch.linspace(0, last, count // responses).round().long() * responses
+    return trim(batch.rows((first[:, None] + torch.arange(responses)).flatten()))
 
 
 class Case:
@@ -120,15 +122,16 @@ def cost(rows: int, rounds: int) -> dict:
     return {"rows": rows, "over a forward": passes, "over the direct sweep": sweeps}
 
 
-def curve(rows: int, end: float | None) -> dict:
+def curve(batch: fp.Batch, end: float | None) -> dict:
     """A 64-point curve from a few nodes: its time over every point's and a loop's, its error."""
-    run = Case(*_of(torch.float64), rows_of(rows))
+    run = Case(*_of(torch.float64), batch)
     end = end or _where_tokens_move(run, NATS)
     etas = torch.linspace(0, end, POINTS + 1, dtype=torch.float64)[1:]
-    out: dict = {"points": POINTS, "rows": rows, "range": end}
+    sizes = {"rows": len(batch.group), "prompts": len(batch.group.unique())}
+    out: dict = {"points": POINTS, "range": end} | sizes
     truth = None
     for dtype, change in ((torch.float64, "direct"), (torch.float32, "increment")):
-        run = Case(*_of(dtype), rows_of(rows))
+        run = Case(*_of(dtype), batch)
         start = w.now()
         dense = run.sweep(etas, 6, change=change, nodes="auto")
         middle = w.now()
@@ -152,7 +155,7 @@ def curve(rows: int, end: float | None) -> dict:
             "error of the entropy change": _off(run.change(dense), run.change(truth)),
             "the loop's own": _off(looped, run.change(truth)[at]),
         }
-        print(f"\n{POINTS} points on [0, {end:.3g}], {dtype}, {change}:")
+        print(f"\n{POINTS} points on [0, {end:.3g}], {dtype}, {change}, {sizes}:")
         print(json.dumps(figures, indent=1), flush=True)
     return out
 
@@ -235,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="precision,cost,curve,range")
     parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--responses", type=int, default=1, help="to a prompt, of the curves")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
@@ -247,9 +251,9 @@ def main() -> None:
         elif part == "cost":
             figures[part] = cost(arguments.rows, arguments.rounds)
         elif part == "curve":
-            figures[part] = curve(arguments.rows, None)
+            figures[part] = curve(rows_of(arguments.rows, arguments.responses), None)
         elif part == "range":
-            figures[part] = curve(arguments.rows, 1e-4)
+            figures[part] = curve(rows_of(arguments.rows, arguments.responses), 1e-4)
         w.write(arguments.out, figures)
 
 
