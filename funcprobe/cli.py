@@ -93,7 +93,7 @@ class ProbeArguments:
     )
     nodes: str | None = field(
         default=None,
-        metadata={"help": "auto: interpolate the learning rates from a few evaluations."},
+        metadata={"help": "auto, or a degree: interpolate from a few evaluations."},
     )
     matmul: str = field(
         default="full",
@@ -170,9 +170,12 @@ def parse_etas(text: str, lr: float) -> list[float]:
             start, *rest = word.split(":")
             if rest:
                 stop, points = rest
-                etas += torch.linspace(
-                    rate(start), rate(stop), int(points), dtype=torch.float64
-                ).tolist()
+                first, last = rate(start), rate(stop)
+                line = torch.linspace(first, last, int(points), dtype=torch.float64)
+                if not len(line):
+                    raise ValueError
+                line[line.abs() < 1e-12 * max(abs(first), abs(last))] = 0.0
+                etas += line.tolist()
             else:
                 etas.append(rate(start))
         except (ValueError, RuntimeError):
@@ -184,9 +187,11 @@ def parse_etas(text: str, lr: float) -> list[float]:
 
 
 def _nodes(word) -> int | str | None:
-    if word in (None, "auto") or str(word).isdigit():
-        return word if word in (None, "auto") else int(word)
-    raise ValueError(f"nodes: auto or a degree such as 5 was expected, not {word!r}.")
+    if word in (None, "auto"):
+        return word
+    if str(word).isdecimal() and int(word) >= 3:
+        return int(word)
+    raise ValueError(f"nodes: auto or a degree from 3 was expected, not {word!r}.")
 
 
 def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
@@ -231,6 +236,7 @@ def _probe(arguments: ProbeArguments, device: str, group) -> None:
     if arguments.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
     parse_etas(etas, 1.0)
+    nodes = _nodes(arguments.nodes)
     checkpoint = load_checkpoint(
         path,
         base_model=arguments.base_model,
@@ -256,7 +262,7 @@ def _probe(arguments: ProbeArguments, device: str, group) -> None:
         per=arguments.per,
         off_policy=arguments.off_policy,
         change=arguments.change,
-        nodes=_nodes(arguments.nodes),
+        nodes=nodes,
         matmul=None if arguments.matmul == "full" else arguments.matmul,
         max_length=max_length,
         tokens=arguments.tokens,

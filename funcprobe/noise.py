@@ -17,7 +17,7 @@ SAMPLED = 16  # rows of E whose changes are computed twice
 
 
 class Recomputed(NamedTuple):
-    """Changes of some rows of E at the smallest eta; None on ranks other than 0."""
+    """Changes of some rows of E at one eta; None on ranks other than 0."""
 
     k: int  # of the eta
     index: Tensor  # of the rows
@@ -25,16 +25,26 @@ class Recomputed(NamedTuple):
 
 
 def recompute(
-    stream: Stream, score: Callable, params: Params, v: Params, etas: Tensor, evaluation: Batch
+    stream: Stream,
+    score: Callable,
+    params: Params,
+    v: Params,
+    etas: Tensor,
+    evaluation: Batch,
+    *,
+    middle: bool = False,
 ) -> Recomputed | None:
     """Full increments of some rows at the smallest eta; None where there is nothing to measure.
+
+    With `middle` at the middle one, since an interpolated curve has the exact slope at 0.
 
     They start from parameters one rounding away, since the same ones might round the same way.
     """
     n, away = len(evaluation.tokens), etas.abs()
     if n < 2 or not (away > 0).any():
         return None
-    k = int(torch.where(away > 0, away, torch.inf).argmin())
+    moved = away.argsort()[(away == 0).sum() :]
+    k = int(moved[len(moved) // 2 if middle else 0])
     index = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
     blocks, order = by_length(evaluation.rows(index), tokens=1)
     near = {name: torch.nextafter(p, torch.full_like(p, torch.inf)) for name, p in params.items()}
@@ -47,9 +57,15 @@ def recompute(
 
 
 def noise(
-    swept: Sweep, again: Recomputed, evaluation: Batch, series: Series, change: str, behaviour
+    swept: Sweep,
+    again: Recomputed,
+    evaluation: Batch,
+    series: Series,
+    behaviour,
+    *,
+    proportional: bool,
 ) -> Rounding:
-    """The sweep's rounding error at its smallest eta, as far as `again` differs."""
+    """The sweep's rounding error, as far as `again` differs; `proportional` to eta or constant."""
     there = [leaf[again.k, again.index] for leaf in swept.change]
     width = min(again.change[0].shape[-1], there[0].shape[-1])
     off = type(again.change)(
@@ -62,6 +78,6 @@ def noise(
         evaluation,
         series,
         float(swept.etas[again.k]),
-        proportional=change == "increment",
+        proportional=proportional,
         behaviour=behaviour,
     )

@@ -152,7 +152,8 @@ def probe(
         "slope on E", lambda b: taylor(score, params, v, b, rows=_all(b)), blocks, v, to=0
     )
     clock("slope")
-    again = recompute(stream, score, params, v, etas, evaluation)
+    dense = nodes is not None
+    again = recompute(stream, score, params, v, etas, evaluation, middle=dense)
     clock("rounding")
     if rank(group):
         return None
@@ -162,7 +163,10 @@ def probe(
     kind["behaviour"] = evaluation.old_logp if off_policy else None
     estimate = entropy_change(swept, evaluation, **kind)
     series = entropy_series(terms, evaluation, **kind)
-    rounded = again and noise(swept, again, evaluation, series, change, kind["behaviour"])
+    proportional = dense or change == "increment"
+    rounded = again and noise(
+        swept, again, evaluation, series, kind["behaviour"], proportional=proportional
+    )
     clock("statistics")
     after = checksum(base | params)
     clock("checksum after")

@@ -111,7 +111,8 @@ def test_help_and_unknown_commands(tmp_path):
 def test_etas_are_multiples_or_absolute():
     assert parse_etas("0.5x, 2e-6,-1x", 1e-3) == [5e-4, 2e-6, -1e-3]
     assert parse_etas("1e-6, -1x:1x:5", 1e-3) == [1e-6, -1e-3, -5e-4, 0.0, 5e-4, 1e-3]
-    for bad in ("", "0:1x", "0:1x:2:3", "0:1x:few", "0:1x:-2", "0:inf:3", "x"):
+    assert 0.0 in parse_etas("-1x:1x:41", 1.3333e-3)
+    for bad in ("", "0:1x:0", "0:1x", "0:1x:2:3", "0:1x:few", "0:1x:-2", "0:inf:3", "x"):
         with pytest.raises(ValueError, match=f"found '{bad}'"):
             parse_etas(f"1x,{bad},2x", 1.0)
 

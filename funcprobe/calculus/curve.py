@@ -38,13 +38,13 @@ def interpolate(
         slope: the tree of derivatives at 0, leaves [N, ...].
         etas: [K] float64 where the changes are wanted.
         degree: of the polynomial in change / eta; None adds nodes, to the rows that need them,
-            until every element's error is below `tol` times the largest change of all.
+            until every element's error is below `tol` times the largest change / eta.
         tol: see `degree`; `rounding` if it is less.
         rounding: the changes' own error, relative: more nodes mend none below it.
 
     Returns:
         The changes at `etas`, leading K; a bound [K] on the interpolation's error in any element,
-        from the errors that the nodes measured; and the source [K] of each.
+        estimated from the errors that the nodes measured; and the source [K] of each.
 
     Raises:
         ValueError: the tolerance is not met with 33 nodes.
@@ -56,7 +56,7 @@ def interpolate(
     if low == high:
         return curve, torch.zeros_like(etas), source
     nodes = _leja(low, high, _MOST if degree is None else degree)
-    tol = float("inf") if degree is not None else max(tol, rounding)
+    tol = max(tol, rounding)
     g = tree_map(lambda s: s.double().unsqueeze(0), slope)
     rows, more, errors, largest, worst = torch.arange(size(slope)), degree or FIRST, [], 0.0, 0.0
     while len(rows):
@@ -68,7 +68,7 @@ def interpolate(
         errors += [_held_out(known, g, n) for n in range(have, have + more)]
         bound, rate = _tail(torch.stack(errors))
         largest = max(largest, *(float(leaf.abs().max()) for leaf in leaves(g)))
-        done = bound <= tol * largest
+        done = (bound <= tol * largest) | (degree is not None or largest == 0)
         if len(known) > _MOST and not done.all():
             raise ValueError(
                 f"sweep: the curve over [{low:.3g}, {high:.3g}] is not smooth enough for "
@@ -86,8 +86,8 @@ def interpolate(
         if len(rows):  # as many more as the least demanding of them needs at its rate
             need = (bound / (tol * largest)).log() / -rate.log()
             more = int(need[left].min().ceil().clamp(1, _MOST + 1 - len(known)))
-    # Rounding twice: the nodes', and that of an evaluation to compare with.
-    error = etas.abs() * (worst + 2 * rounding * largest)
+    # Twice: an estimate's margin, and rounding in the nodes and in an evaluation to compare with.
+    error = etas.abs() * 2 * (worst + rounding * largest)
     bound = torch.where(source == INTERPOLATED, error, 0.0)
     return curve, bound, source
 
@@ -102,7 +102,7 @@ def _held_out(nodes: Tensor, values, n: int) -> Tensor:
 
 
 def _tail(errors: Tensor) -> tuple[Tensor, Tensor]:
-    """A bound [M] on the error through all nodes, and the rate [M] at which a node divides it.
+    """The error [M] left with all nodes, at most; and the factor [M] of it that a node leaves.
 
     Args:
         errors: [n, M] of the curves through 1, ..., n nodes, each at the next; n >= 3.

@@ -121,10 +121,10 @@ def sweep(
         batch: a tree of tensors with leading N.
         nodes: None evaluates every eta. A degree, or "auto", interpolates change / eta between
             that many nodes in the range of etas and 0, and its derivative at 0: a curve
-            of any length for four to seven evaluations, of each row as many as its `tol` needs.
+            of any length for four evaluations or more, of each row as many as `tol` needs.
             `bound` is in the unit of the output.
-        tol: the error that "auto" allows, relative to the largest change; what rounding leaves
-            (8e-6 in float32, 0.8% with products in tf32, 6% in bfloat16) if that is more.
+        tol: the error that "auto" allows, relative to a block's largest change / eta; what
+            rounding leaves (8e-6 in float32, 0.8% with products in tf32, 6% in bfloat16) if more.
         change, matmul, rules, rows, lanes: as in `changes`.
 
     Raises:
