@@ -186,14 +186,6 @@ def parse_etas(text: str, lr: float) -> list[float]:
     return etas
 
 
-def _nodes(word) -> int | str | None:
-    if word in (None, "auto"):
-        return word
-    if str(word).isdecimal() and int(word) >= 3:
-        return int(word)
-    raise ValueError(f"nodes: auto or a degree from 3 was expected, not {word!r}.")
-
-
 def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
     parser = HfArgumentParser(ProbeArguments, prog="funcprobe probe")
     parser.add_argument("--config", help="A YAML file of these options; flags override it.")
@@ -236,7 +228,7 @@ def _probe(arguments: ProbeArguments, device: str, group) -> None:
     if arguments.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
     parse_etas(etas, 1.0)
-    nodes = _nodes(arguments.nodes)
+    nodes = int(arguments.nodes) if str(arguments.nodes).isdecimal() else arguments.nodes
     checkpoint = load_checkpoint(
         path,
         base_model=arguments.base_model,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .calculus.curve import FIRST
+from .calculus.curve import FIRST, check_nodes
 from .calculus.line import join, sweep
 from .calculus.precision import exact, settings
 from .calculus.rows import REVERSE, evaluate
@@ -93,6 +93,7 @@ def probe(
     divisor = max_length or update.response.shape[1]
     update, evaluation = trim(update).to("cpu"), trim(evaluation).to("cpu")
     _check(checkpoint, update, evaluation)
+    check_nodes("probe", nodes)
     support = params if checkpoint.sampling.top_p < 1 else None
     score = scorer(checkpoint.model, base, sampling=checkpoint.sampling, support=support)
     loss = objective(score, recipe)

@@ -79,6 +79,7 @@ def test_a_config_file_and_flags_that_override_it(tmp_path, inputs):
         ({"checkpoint": "nowhere"}, "no such folder"),
         ({"update": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"evaluation": None}, "go together"),
+        ({"nodes": "2"}, "nodes must be"),
     ],
 )
 def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, inputs, change, complaint):

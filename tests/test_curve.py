@@ -139,6 +139,38 @@ def test_each_row_is_evaluated_as_often_as_it_needs():
     assert torch.allclose(got.change[:, 1], got.change[:, 3], rtol=0, atol=0)
 
 
+def test_the_bound_holds_for_softmaxes():
+    """Of random logits that move along a line; each row alone, so that its own bound counts."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 4 * torch.randn(2, 150, 20, generator=generator, dtype=torch.float64)
+
+    def scores(params, batch):
+        logp = (batch[:, 0] + params["t"] * batch[:, 1]).log_softmax(-1)
+        return torch.stack([logp[:, 0], -(logp.exp() * logp).sum(-1)], dim=1)
+
+    etas = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for row in logits.transpose(0, 1):
+        batch = row.unsqueeze(0)
+        got = fp.sweep(scores, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes="auto", tol=1e-3)
+        want = torch.stack([scores({"t": eta}, batch) for eta in etas])
+        off = (got.change - (want - scores({"t": ZERO}, batch))).abs().amax((1, 2))
+        assert (off <= got.bound + 1e-14).all()
+
+
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_the_roughest_output_decides(names):
+    def both(params, batch):
+        rough, smooth = poles(params, 2 * batch), params["t"] * batch
+        return dict(zip(names, (rough, smooth), strict=True))
+
+    batch = torch.ones(2, dtype=torch.float64)
+    etas = torch.linspace(0, 1, 21, dtype=torch.float64)
+    got = fp.sweep(both, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes="auto")
+    want = torch.stack([poles({"t": eta}, 2 * batch) for eta in etas])
+    off = (got.change[names[0]] - want).abs().amax((1, 2))
+    assert off.max() < 4e-6 and (off <= got.bound + 1e-15).all()
+
+
 def test_an_error_small_by_chance_is_not_believed():
     """The last node's own error vanishes; the ones before it say that it may."""
     from funcprobe.calculus.curve import _tail
@@ -202,6 +234,22 @@ def test_bad_nodes_are_refused(nodes):
             torch.ones(1, dtype=torch.float64),
             nodes=nodes,
         )
+
+
+def test_what_is_infinite_is_refused():
+    def steep(params, batch):
+        return batch * torch.exp(2000 * params["t"])
+
+    batch = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="infinite somewhere"):
+        fp.sweep(steep, {"t": ZERO}, {"t": ZERO + 1}, [0.0, 1.0], batch, nodes="auto")
+
+
+@pytest.mark.parametrize("tol", [float("nan"), float("inf"), -1e-3])
+def test_bad_tolerances_are_refused(tol):
+    batch = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="tol must be"):
+        fp.sweep(analytic, {"t": ZERO}, {"t": ZERO}, [1.0], batch, nodes="auto", tol=tol)
 
 
 @pytest.mark.parametrize("nodes", ["auto", 3, 40])

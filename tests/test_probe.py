@@ -132,6 +132,24 @@ def test_a_dense_curve_is_what_every_point_gives(checkpoint, small):
     assert curve.rounding.floor < float(etas[1])
 
 
+@pytest.mark.parametrize("how", [{"change": "direct"}, {"matmul": "bfloat16"}])
+def test_the_rounding_of_a_dense_curve_is_not_that_of_its_slope(checkpoint, small, how):
+    """At 1e-9 an interpolated curve is its exact slope, at larger rates it rounds as its nodes."""
+    etas = torch.tensor([1e-9, 3e-4, 1e-3, 3e-3], dtype=torch.float64)
+    every, curve = (
+        fp.probe(checkpoint, *small, etas, nodes=nodes, **how) for nodes in (None, "auto")
+    )
+    assert curve.rounding.at(etas)[-1] > every.rounding.at(etas)[-1] / 3
+    # It is a share of the change at any rate.
+    assert torch.allclose(curve.rounding.at(etas) / etas, curve.rounding.at(etas)[0] / etas[0])
+
+
+def test_nodes_are_refused_before_anything_is_computed(checkpoint, small, tmp_path):
+    with pytest.raises(ValueError, match="nodes must be"):
+        fp.probe(checkpoint, *small, nodes=2, resume=tmp_path / "blocks")
+    assert not (tmp_path / "blocks").exists()
+
+
 def test_the_weights_are_as_before(checkpoint, small, report):
     weights = report.about["weights"]
     assert weights["same"] and weights["sha256 before"] == checksum(

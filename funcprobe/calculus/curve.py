@@ -10,6 +10,7 @@ singularity sets, and each row gets the nodes it needs. Trefethen, Approximation
 Approximation Practice (2013), chapters 5 and 8; Reichel, BIT 30 (1990), 332-346.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -58,38 +59,49 @@ def interpolate(
     nodes = _leja(low, high, _MOST if degree is None else degree)
     tol = max(tol, rounding)
     g = tree_map(lambda s: s.double().unsqueeze(0), slope)
-    rows, more, errors, largest, worst = torch.arange(size(slope)), degree or FIRST, [], 0.0, 0.0
+    rows, more = torch.arange(size(slope)), degree or FIRST
+    source[torch.isin(etas, nodes[1 : 1 + more])] = EVALUATED
+    errors, left, largest = [], torch.zeros(len(rows), dtype=torch.float64), 0.0
     while len(rows):
         have = len(leaves(g)[0])
         known, new = nodes[: have + more], nodes[have : have + more]
-        g = tree_map(lambda old, c, x=new: torch.cat([old, _over(c, x)]), g, at(new, rows))
-        if have == 1:
-            source[torch.isin(etas, new)] = EVALUATED
+        g = tree_map(lambda old, c, x=new: torch.cat([old, _over(c.double(), x)]), g, at(new, rows))
         errors += [_held_out(known, g, n) for n in range(have, have + more)]
-        bound, rate = _tail(torch.stack(errors))
+        error, rate = _tail(torch.stack(errors))
         largest = max(largest, *(float(leaf.abs().max()) for leaf in leaves(g)))
-        done = (bound <= tol * largest) | (degree is not None or largest == 0)
+        if not math.isfinite(largest):
+            raise ValueError(
+                f"sweep: the function is infinite somewhere on [{low:.3g}, {high:.3g}], and "
+                "nothing can be interpolated there. Narrow the range, or leave nodes out."
+            )
+        done = (error <= tol * largest) | (degree is not None or largest == 0)
         if len(known) > _MOST and not done.all():
             raise ValueError(
                 f"sweep: the curve over [{low:.3g}, {high:.3g}] is not smooth enough for "
                 f"nodes='auto': with {_MOST} nodes its relative error is "
-                f"{float(bound.max()) / largest:.1e}, {tol:.0e} was asked for. Narrow the range, "
+                f"{float(error.max()) / largest:.1e}, {tol:.0e} was asked for. Narrow the range, "
                 "raise tol, or leave nodes out. Differences of float32 values are rough "
                 "themselves, change='increment' is not."
             )
         for out, leaf in zip(leaves(curve), leaves(g), strict=True):
             out[:, rows[done]] = _times(_apply(known, etas, leaf[:, done]), etas).to(out.dtype)
-        worst = max(worst, float(torch.where(done, bound, 0.0).max()))
-        left = ~done
-        g = tree_map(lambda leaf, left=left: leaf[:, left], g)
-        rows, errors = rows[left], [error[left] for error in errors]
-        if len(rows):  # as many more as the least demanding of them needs at its rate
-            need = (bound / (tol * largest)).log() / -rate.log()
-            more = int(need[left].min().ceil().clamp(1, _MOST + 1 - len(known)))
+        left[rows[done]] = error[done]
+        if not done.all():  # as many more as the least demanding row needs at its rate
+            need = (error / (tol * largest)).log() / -rate.log()
+            more = int(need[~done].min().ceil().clamp(1, _MOST + 1 - len(known)))
+        g = tree_map(lambda leaf, keep=~done: leaf[:, keep], g)
+        rows, errors = rows[~done], [each[~done] for each in errors]
     # Twice: an estimate's margin, and rounding in the nodes and in an evaluation to compare with.
-    error = etas.abs() * 2 * (worst + rounding * largest)
-    bound = torch.where(source == INTERPOLATED, error, 0.0)
-    return curve, bound, source
+    bound = etas.abs() * 2 * (float(left.max()) + rounding * largest)
+    return curve, torch.where(source == INTERPOLATED, bound, 0.0), source
+
+
+def check_nodes(where: str, nodes, tol: float = 0.0) -> None:
+    """Raises ValueError unless they say how a curve is to be interpolated, or not at all."""
+    if nodes not in (None, "auto") and not (isinstance(nodes, int) and nodes >= 3):
+        raise ValueError(f"{where}: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
+    if not 0 <= tol < math.inf:
+        raise ValueError(f"{where}: tol must be finite and not negative, not {tol}.")
 
 
 def _held_out(nodes: Tensor, values, n: int) -> Tensor:
@@ -144,5 +156,4 @@ def _times(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _over(values: Tensor, x: Tensor) -> Tensor:
-    values = values.double()
     return values / x.to(values).view(-1, *[1] * (values.ndim - 1))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .curve import EVALUATED, interpolate
+from .curve import EVALUATED, check_nodes, interpolate
 from .increment import increment
 from .precision import exact
 from .rows import cut, fitting, keep_pages
@@ -161,8 +161,7 @@ def sweep_blocks(
     etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
     if len(etas) == 0 or not etas.isfinite().all():
         raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
-    if nodes not in (None, "auto") and not (isinstance(nodes, int) and nodes >= 3):
-        raise ValueError(f"sweep: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
+    check_nodes("sweep", nodes, tol)
     options = dict(change=change, matmul=matmul, rules=rules, rows=rows, lanes=lanes)
     every = _along(v, params, etas)
     for part in parts:
