@@ -48,7 +48,7 @@ def interpolate(
         estimated from the errors that the nodes measured; and the source [K] of each.
 
     Raises:
-        ValueError: the tolerance is not met with 33 nodes.
+        ValueError: the tolerance is not met with 33 nodes; an infinite value.
     """
     low, high = min(float(etas.min()), 0.0), max(float(etas.max()), 0.0)
     curve = tree_map(lambda s: s.new_zeros(len(etas), *s.shape), slope)

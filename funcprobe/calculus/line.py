@@ -129,7 +129,7 @@ def sweep(
 
     Raises:
         ValueError: names or shapes that do not fit, non-finite v or etas, nan in the output, a
-            curve that "auto" cannot interpolate to `tol`.
+            curve that "auto" cannot interpolate to `tol`, a bad `nodes` or `tol`.
     """
     options = dict(change=change, nodes=nodes, tol=tol, matmul=matmul, rules=rules)
     return next(sweep_blocks(fn, params, v, etas, [batch], **options, rows=rows, lanes=lanes))
