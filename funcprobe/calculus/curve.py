@@ -45,7 +45,7 @@ def interpolate(
 
     Returns:
         The changes at `etas`, leading K; a bound [K] on the interpolation's error in any element,
-        estimated from the errors that the nodes measured; and the source [K] of each.
+        four times what the errors at the nodes let expect; and the source [K] of each.
 
     Raises:
         ValueError: the tolerance is not met with 33 nodes; an infinite value.
@@ -91,8 +91,8 @@ def interpolate(
             more = int(need[~done].min().ceil().clamp(1, _MOST + 1 - len(known)))
         g = tree_map(lambda leaf, keep=~done: leaf[:, keep], g)
         rows, errors = rows[~done], [each[~done] for each in errors]
-    # Twice: an estimate's margin, and rounding in the nodes and in an evaluation to compare with.
-    bound = etas.abs() * 2 * (float(left.max()) + rounding * largest)
+    # An estimate's margin; and rounding in the nodes and in an evaluation to compare with.
+    bound = etas.abs() * (4 * float(left.max()) + 2 * rounding * largest)
     return curve, torch.where(source == INTERPOLATED, bound, 0.0), source
 
 
@@ -114,7 +114,7 @@ def _held_out(nodes: Tensor, values, n: int) -> Tensor:
 
 
 def _tail(errors: Tensor) -> tuple[Tensor, Tensor]:
-    """The error [M] left with all nodes, at most; and the factor [M] of it that a node leaves.
+    """The error [M] left with all nodes, and the factor [M] of it that a node leaves.
 
     Args:
         errors: [n, M] of the curves through 1, ..., n nodes, each at the next; n >= 3.
@@ -123,7 +123,7 @@ def _tail(errors: Tensor) -> tuple[Tensor, Tensor]:
     errors = errors.clamp(min=torch.finfo(errors.dtype).tiny)
     rate = (errors[-2] / errors[0]).pow(1 / (len(errors) - 2)).clamp(max=0.75)
     ago = torch.arange(len(errors) - 1, -1, -1, dtype=errors.dtype).unsqueeze(1)
-    return (errors * rate**ago).amax(0) * (rate / (1 - rate)).clamp(min=1), rate
+    return (errors * rate**ago).amax(0) * (rate / (1 - rate)).clamp(min=0.5), rate
 
 
 def _leja(low: float, high: float, n: int) -> Tensor:

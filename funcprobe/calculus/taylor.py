@@ -46,7 +46,7 @@ def taylor(
     parts = []
     keep_pages()
     with torch.no_grad(), exact():
-        cuts, order_of_rows = cut(batch, rows, order + 1)
+        cuts, order_of_rows = cut(batch, rows)
         for part in cuts:
             parts += fitting(lambda part, _: _derivatives(fn, params, v, part, order), part)[0]
     terms = tuple(merge(list(term), order_of_rows) for term in zip(*parts, strict=True))
