@@ -1,5 +1,7 @@
 """Dense curves: what interpolation gives is what evaluation gives, within the printed bound."""
 
+import math
+
 import cases
 import pytest
 import torch
@@ -270,3 +272,32 @@ def test_only_zeros():
         nodes="auto",
     )
     assert (got.change == 0).all() and got.change.shape == (2, 1, 2)
+
+
+def test_a_subtraction_does_not_make_the_curve_start_in_noise():
+    """Increments of an operation without a rule: the derivative at 0 is a true one all the same."""
+
+    def bell(params, batch):
+        return torch.erf(0.3 + batch * params["t"])
+
+    batch = torch.tensor([0.5, 0.7], dtype=torch.float64)
+    etas = torch.tensor([1e-12, 0.5, 1.0], dtype=torch.float64)
+    got = fp.sweep(
+        bell, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, change="increment", nodes="auto"
+    )
+    slope = batch * 2 / math.sqrt(math.pi) * math.exp(-(0.3**2))
+    assert got.fallbacks == ("erf",)
+    assert torch.allclose(got.change[0], etas[0] * slope, rtol=1e-11, atol=0)
+
+
+def test_increments_need_no_derivative():
+    """One a rounding away from 0 stands for it: an evaluation in the place of two."""
+    spy, calls = counted(analytic)
+    batch = torch.tensor([0.5, 0.7], dtype=torch.float64)
+    etas = torch.tensor([1e-12, 0.5, 1.0], dtype=torch.float64)
+    same = {"change": "increment", "nodes": 4, "lanes": 1}
+    got = fp.sweep(spy, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, **same)
+    assert len(calls) == 5
+    want = torch.stack([batch, 3 * batch], dim=1)
+    assert torch.allclose(got.change[0], etas[0] * want, rtol=1e-11, atol=0)
+    assert torch.equal(got.base, analytic({"t": ZERO}, batch))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .tree import leaves, size, tree_map
+from .tree import leaves, tree_map
 
 EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source
 
@@ -25,7 +25,7 @@ FIRST, _MOST = 4, 33  # evaluations at first, and at most
 
 def interpolate(
     at: Callable[[Tensor, Tensor], object],
-    slope,
+    count: int,
     etas: Tensor,
     degree: int | None,
     tol: float,
@@ -34,14 +34,15 @@ def interpolate(
     """Changes at many etas from their values at few.
 
     Args:
-        at: ``(etas [n], rows [M]) -> tree`` of changes of those rows, leaves [n, M, ...]; the
-            expensive half.
-        slope: the tree of derivatives at 0, leaves [N, ...].
-        etas: [K] float64 where the changes are wanted.
+        at: ``(etas [n], rows [M]) -> tree`` of change / eta of those rows, leaves [n, M, ...]; the
+            derivative at 0, which is the first eta of the first call. The expensive half.
+        count: of rows, N.
+        etas: [K] float64 where the changes are wanted; not all 0.
         degree: of the polynomial in change / eta; None adds nodes, to the rows that need them,
             until every element's error is below `tol` times the largest change / eta.
         tol: see `degree`; `rounding` if it is less.
-        rounding: the changes' own error, relative: more nodes mend none below it.
+        rounding: the changes' own error, relative, if more than their dtype's: more nodes mend none
+            below it.
 
     Returns:
         The changes at `etas`, leading K; a bound [K] on the interpolation's error in any element,
@@ -51,22 +52,19 @@ def interpolate(
         ValueError: the tolerance is not met with 33 nodes; an infinite value.
     """
     low, high = min(float(etas.min()), 0.0), max(float(etas.max()), 0.0)
-    curve = tree_map(lambda s: s.new_zeros(len(etas), *s.shape), slope)
     source = torch.full(etas.shape, INTERPOLATED, dtype=torch.int8)
     source[etas == 0] = LAW
-    if low == high:
-        return curve, torch.zeros_like(etas), source
-    nodes = _leja(low, high, _MOST if degree is None else degree)
+    nodes = _leja(low, high, degree or _MOST)
+    rows, more = torch.arange(count), degree or FIRST
+    known = nodes[: 1 + more]
+    g = at(known, rows)
+    curve = tree_map(lambda leaf: leaf.new_zeros(len(etas), *leaf.shape[1:]), g)
+    source[torch.isin(etas, known[1:])] = EVALUATED
+    rounding = max(rounding, *(64 * torch.finfo(leaf.dtype).eps for leaf in leaves(g)))
     tol = max(tol, rounding)
-    g = tree_map(lambda s: s.double().unsqueeze(0), slope)
-    rows, more = torch.arange(size(slope)), degree or FIRST
-    source[torch.isin(etas, nodes[1 : 1 + more])] = EVALUATED
-    errors, left, largest = [], torch.zeros(len(rows), dtype=torch.float64), 0.0
-    while len(rows):
-        have = len(leaves(g)[0])
-        known, new = nodes[: have + more], nodes[have : have + more]
-        g = tree_map(lambda old, c, x=new: torch.cat([old, _over(c.double(), x)]), g, at(new, rows))
-        errors += [_held_out(known, g, n) for n in range(have, have + more)]
+    errors = [_held_out(known, g, n) for n in range(1, len(known))]
+    left, largest = torch.zeros(count, dtype=torch.float64), 0.0
+    while True:
         error, rate = _tail(torch.stack(errors))
         largest = max(largest, *(float(leaf.abs().max()) for leaf in leaves(g)))
         if not math.isfinite(largest):
@@ -86,11 +84,15 @@ def interpolate(
         for out, leaf in zip(leaves(curve), leaves(g), strict=True):
             out[:, rows[done]] = _times(_apply(known, etas, leaf[:, done]), etas).to(out.dtype)
         left[rows[done]] = error[done]
-        if not done.all():  # as many more as the least demanding row needs at its rate
-            need = (error / (tol * largest)).log() / -rate.log()
-            more = int(need[~done].min().ceil().clamp(1, _MOST + 1 - len(known)))
-        g = tree_map(lambda leaf, keep=~done: leaf[:, keep], g)
+        if done.all():
+            break
+        # As many more as the middle row needs at its rate.
+        need = ((error / (tol * largest)).log() / -rate.log())[~done].median().ceil()
+        new = nodes[len(known) :][: max(int(need), 1)]
         rows, errors = rows[~done], [each[~done] for each in errors]
+        g = tree_map(lambda leaf, g, keep=~done: torch.cat([leaf[:, keep], g]), g, at(new, rows))
+        errors += [_held_out(nodes, g, len(known) + k) for k in range(len(new))]
+        known = nodes[: len(known) + len(new)]
     # An estimate's margin; and rounding in the nodes and in an evaluation to compare with.
     bound = etas.abs() * (4 * float(left.max()) + 2 * rounding * largest)
     return curve, torch.where(source == INTERPOLATED, bound, 0.0), source
@@ -147,13 +149,9 @@ def _apply(nodes: Tensor, x: Tensor, values: Tensor) -> Tensor:
     hit = gap == 0
     matrix = 1 / apart.prod(1) / torch.where(hit, 1.0, gap)
     matrix = matrix / matrix.sum(1, keepdim=True)
-    matrix = torch.where(hit.any(1, keepdim=True), hit.double(), matrix).to(values)
-    return torch.einsum("kn,n...->k...", matrix, values)
+    matrix = torch.where(hit.any(1, keepdim=True), hit.double(), matrix).to(values.device)
+    return torch.einsum("kn,n...->k...", matrix, values.double())
 
 
 def _times(values: Tensor, x: Tensor) -> Tensor:
     return values * x.to(values).view(-1, *[1] * (values.ndim - 1))
-
-
-def _over(values: Tensor, x: Tensor) -> Tensor:
-    return values / x.to(values).view(-1, *[1] * (values.ndim - 1))

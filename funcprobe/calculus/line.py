@@ -165,29 +165,49 @@ def sweep_blocks(
     options = dict(change=change, matmul=matmul, rules=rules, rows=rows, lanes=lanes)
     every = _along(v, params, etas)
     for part in parts:
-        if nodes is None:
+        if nodes is None or not etas.any():
             base, changed, *said = _changes(fn, params, every, len(etas), part, options)
             source = torch.full(etas.shape, EVALUATED, dtype=torch.int8)
             yield Sweep(etas, base, changed, torch.zeros_like(etas), source, *said)
             continue
-        base, slope = taylor(fn, params, v, part, rows=rows)
-        runs = []
+        yield _dense(fn, params, v, etas, part, options, nodes, tol)
 
-        def at(points: Tensor, index: Tensor, part=part, runs=runs, base=base):
-            own = options | {"lanes": lanes and min(lanes, len(points))}
-            if len(index) < size(part):
-                part, base = (tree_map(lambda leaf: leaf[index], tree) for tree in (part, base))
-            some = _along(v, params, points)
-            runs.append(_changes(fn, params, some, len(points), part, own, base))
-            return runs[-1][1]
 
-        degree = None if nodes == "auto" else nodes
-        exactly = max(64 * torch.finfo(s.dtype).eps for s in leaves(slope))
-        rounding = max(exactly, _ROUNDING.get(matmul, 0.0))
-        changed, bound, source = interpolate(at, slope, etas, degree, tol, rounding)
-        fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
-        shrunk = tuple(note for run in runs for note in run[3])
-        yield Sweep(etas, base, changed, bound, source, fallbacks, shrunk)
+def _dense(fn, params: Params, v: Params, etas: Tensor, part, options: dict, nodes, tol) -> Sweep:
+    """The sweep of one block of rows by interpolation."""
+    lanes, base, runs = options["lanes"], None, []
+
+    def over(points: Tensor, index: Tensor):
+        """Change / eta."""
+        some, there, own = part, base, options | {"lanes": lanes and min(lanes, len(points))}
+        if len(index) < size(part):
+            some, there = (tree_map(lambda leaf: leaf[index], tree) for tree in (part, base))
+        runs.append(_changes(fn, params, _along(v, params, points), len(points), some, own, there))
+        return tree_map(lambda c: c / points.to(c).view(-1, *[1] * (c.ndim - 1)), runs[-1][1])
+
+    def at(points: Tensor, index: Tensor):
+        """The same, at 0 the derivative."""
+        nonlocal base
+        if points[0] != 0:
+            return over(points, index)
+        if options["change"] == "direct":
+            base, slope = taylor(fn, params, v, part, rows=options["rows"])
+            return tree_map(lambda s, g: torch.cat([s[None], g]), slope, over(points[1:], index))
+        # A rounding away from 0 an increment is as exact as the derivative there, and cheaper. One
+        # that is a subtraction would drown.
+        finest = min(torch.finfo(p.dtype).eps for p in params.values())
+        g = over(points.where(points != 0, finest * etas.abs().max()), index)
+        base = runs[-1][0]
+        if runs[-1][2]:
+            slope = taylor(fn, params, v, part, rows=options["rows"])[1]
+            g = tree_map(lambda s, g: torch.cat([s[None], g[1:]]), slope, g)
+        return g
+
+    degree, coarse = None if nodes == "auto" else nodes, _ROUNDING.get(options["matmul"], 0.0)
+    changed, bound, source = interpolate(at, size(part), etas, degree, tol, coarse)
+    fallbacks = tuple(sorted({name for run in runs for name in run[2]}))
+    shrunk = tuple(note for run in runs for note in run[3])
+    return Sweep(etas, base, changed, bound, source, fallbacks, shrunk)
 
 
 def _along(v: Params, params: Params, etas: Tensor) -> Callable[[int, int, int], Params]:

@@ -230,7 +230,7 @@ def _evaluations(run: Case, etas, change: str) -> list[int]:
 
     batch = run.batch._replace(group=torch.arange(len(run.batch.group)))
     fp.sweep(counting, run.params, run.v, etas, batch, change=change, nodes="auto", rows=1, lanes=1)
-    return [rows.count(n) - 1 for n in range(len(batch.group))]  # the derivative is a call too
+    return [rows.count(n) - 1 for n in range(len(batch.group))]  # what gives the derivative is one
 
 
 def main() -> None:
