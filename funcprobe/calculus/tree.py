@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import optree
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 Params = dict[str, Tensor]
 
@@ -94,12 +93,17 @@ def check_names(where: str, given: Params, expected: Params) -> None:
 def check_direction(where: str, v: Params, params: Params) -> None:
     """`check_names`, and every value of `v` finite where it can be looked at."""
     check_names(where, v, params)
-    bad = [name for name in sorted(v) if concrete(v[name]) and not torch.isfinite(v[name]).all()]
+    bad = [name for name in sorted(v) if concrete(v[name]) and not _finite(v[name])]
     if bad:
         raise ValueError(
             f"{where}: the direction must be finite, {len(bad)} tensors hold nan or inf: "
             f"{_some(bad)}. Look at the gradient and the optimizer state it was made from."
         )
+
+
+def _finite(x: Tensor) -> bool:
+    # In one pass where the sum is finite: then everything is.
+    return bool(x.sum().isfinite()) or bool(x.isfinite().all())
 
 
 def concrete(value) -> bool:
@@ -148,20 +152,24 @@ def merge(trees: Sequence, order: Tensor | None = None, dim: int = 0):
     Raises:
         ValueError: an order of another number of rows.
     """
-    back = None if order is None else torch.argsort(order)
-    rows = sum(leaves(tree)[0].shape[dim] for tree in trees)
-    if back is not None and len(back) != rows:
+    sizes = [leaves(tree)[0].shape[dim] for tree in trees]
+    if order is not None and len(order) != sum(sizes):
         raise ValueError(
-            f"join: an order of {rows} rows was expected, as the blocks hold, not of {len(back)}. "
-            "Pass the order that by_length gave with these blocks."
+            f"join: an order of {sum(sizes)} rows was expected, as the blocks hold, not of "
+            f"{len(order)}. Pass the order that by_length gave with these blocks."
         )
+    places = torch.arange(sum(sizes)) if order is None else order
 
     def leaf(*parts: Tensor) -> Tensor:
-        if parts[0].ndim > dim + 1:
-            width = max(part.shape[-1] for part in parts)
-            parts = [pad(part, (0, width - part.shape[-1])) for part in parts]
-        out = torch.cat(parts, dim)
-        return out if back is None else out.index_select(dim, back.to(out.device))
+        shape, trimmed = list(parts[0].shape), parts[0].ndim > dim + 1
+        shape[dim] = sum(sizes)
+        if trimmed:
+            shape[-1] = max(part.shape[-1] for part in parts)
+        out = parts[0].new_zeros(shape)
+        for part, at in zip(parts, places.to(out.device).split(sizes), strict=True):
+            there = out[..., : part.shape[-1]] if trimmed else out
+            there.index_copy_(dim, at, part)
+        return out
 
     return tree_map(leaf, *trees)
 
