@@ -90,6 +90,15 @@ def test_a_direction_that_does_not_fit_is_refused(where, spoil, message):
         call(spoil(v))
 
 
+def test_a_direction_is_not_refused_for_the_size_of_its_sum():
+    v = {"a": torch.full((2,), 3e38)}
+    params = {"a": torch.zeros(2)}
+    assert torch.equal(fp.shift(params, v, 0.5)["a"], 0.5 * v["a"])
+    for values in ([torch.inf, -torch.inf], [torch.nan, 3e38]):
+        with pytest.raises(ValueError, match="must be finite"):
+            fp.shift(params, {"a": torch.tensor(values)}, 0.5)
+
+
 def test_an_error_lists_at_most_five_names_sorted():
     params = {f"p{i}": torch.zeros(1) for i in range(9)}
     with pytest.raises(ValueError, match=r"'p0', 'p1', 'p2', 'p3', 'p4', \.\.\.") as error:
