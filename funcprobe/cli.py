@@ -24,6 +24,8 @@ BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its los
 
 _SMALL = 10_000_000  # parameters: below, a second thread costs more than it gives
 
+_UNSET = ("", "~", "null")  # in YAML
+
 _DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
 
@@ -202,23 +204,26 @@ def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
     return ProbeArguments(**values)
 
 
-def _read_config(path: str) -> dict:
+def _read_config(path: str) -> dict[str, str]:
+    # Text, as flags are: YAML itself would read 1:4:50 as a number in base 60.
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: a mapping of options was expected.")
-    names = [option.name for option in fields(ProbeArguments)]
-    unknown = sorted(set(settings) - set(names))
+    options = {option.name: option.metadata.get("choices") for option in fields(ProbeArguments)}
+    unknown = sorted(set(settings) - set(options))
     if unknown:
-        raise ValueError(f"{path}: unknown options {unknown}; there are {names}.")
-    for option in fields(ProbeArguments):
-        allowed = option.metadata.get("choices")
-        if allowed and option.name in settings and settings[option.name] not in allowed:
-            raise ValueError(f"{path}: {option.name} must be one of {allowed}.")
+        raise ValueError(f"{path}: unknown options {unknown}; there are {list(options)}.")
     if isinstance(settings.get("etas"), list):
         settings["etas"] = ",".join(map(str, settings["etas"]))
+    settings = {name: value for name, value in settings.items() if value not in _UNSET}
+    for name, value in settings.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{path}: {name} must be one value, not {value}.")
+        if options[name] and value not in options[name]:
+            raise ValueError(f"{path}: {name} must be one of {options[name]}.")
     return settings
 
 

@@ -94,7 +94,13 @@ def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, inputs, change, c
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("etass: 1x", "unknown options"), ("[1, 2", "not YAML"), ("7", "mapping")],
+    [
+        ("etass: 1x", "unknown options"),
+        ("[1, 2", "not YAML"),
+        ("7", "mapping"),
+        ("lr: [1, 2]", "lr must be one value"),
+        ("max_length: 2.5", "invalid int value"),
+    ],
 )
 def test_a_bad_config_is_named(tmp_path, text, complaint):
     (tmp_path / "c.yaml").write_text(text)
@@ -196,3 +202,14 @@ def test_a_config_is_held_to_the_flags_choices(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("per: word")
     assert cli.main(["probe", "--config", str(tmp_path / "c.yaml")]) == 2
     assert "per must be one of ['token', 'sequence']" in capsys.readouterr().err
+
+
+def test_a_config_is_read_as_flags_are(tmp_path):
+    """Where YAML would make a number in base 60 of a range, or None of an option."""
+    (tmp_path / "c.yaml").write_text(
+        "etas: 1:4:50\nlr: 2e-5\nmax_length: 48\noff_policy: true\nnodes: null\ndtype:\n"
+    )
+    got = cli._parse(["--config", str(tmp_path / "c.yaml")])
+    assert len(cli.parse_etas(got.etas, got.lr)) == 50
+    assert (got.lr, got.max_length, got.off_policy, got.nodes) == (2e-5, 48, True, None)
+    assert got == cli.ProbeArguments(etas="1:4:50", lr=2e-5, max_length=48, off_policy=True)

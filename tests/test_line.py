@@ -1,6 +1,8 @@
 """Sweeps along a line, against in-place writes to the live module; exact zeros, settings, names."""
 
+import sys
 import types
+import weakref
 
 import cases
 import pytest
@@ -415,6 +417,43 @@ def test_nan_in_the_output_is_named_by_row():
         fp.sweep(fn, one, one, [0.1], cases.batch(), rows=3)
     with pytest.raises(ValueError, match=r"taylor: the function gave nan in 1 rows.*\[6\]"):
         fp.taylor(fn, one, one, cases.batch(), rows=3)
+
+
+@pytest.mark.parametrize("change", ["direct", "increment"])
+def test_a_sweep_holds_the_deltas_of_one_turn_only(change, monkeypatch):
+    module, held, alive = sys.modules["funcprobe.calculus.line"], [], []
+
+    class Watched(dict):
+        """A direction that looks, where deltas are made of it, which of those before still live."""
+
+        def items(self):
+            alive.append(sum(there() is not None for there in held))
+            return super().items()
+
+    def along(*line):
+        def deltas(*turn):
+            some = of_turn(*turn)
+            held.append(weakref.ref(some["a"]))
+            return some
+
+        of_turn = unwatched(*line)
+        return deltas
+
+    unwatched = module._along
+    monkeypatch.setattr(module, "_along", along)
+    v, reward = Watched(a=torch.ones(())), cases.batch().reward
+    etas = torch.linspace(0.1, 1, 9)
+    out = fp.sweep(
+        lambda p, b: p["a"] * b.reward,
+        {"a": torch.ones(())},
+        v,
+        etas,
+        cases.batch(),
+        change=change,
+        lanes=2,
+    )
+    torch.testing.assert_close(out.change, etas[:, None] * reward)
+    assert len(held) >= 5 and not any(alive)
 
 
 def test_randomness_in_fn_is_refused():

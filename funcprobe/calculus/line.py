@@ -1,7 +1,6 @@
 """A function along ``params + eta * v``: vmap over stacked deltas, the base beside them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -213,13 +212,17 @@ def _dense(fn, params: Params, v: Params, etas: Tensor, part, options: dict, nod
 def _along(v: Params, params: Params, etas: Tensor) -> Callable[[int, int, int], Params]:
     """``eta * v`` for a block of lanes, from `start` on, with zeros before and after."""
 
-    @lru_cache(maxsize=1)  # blocks of rows share it where all etas fit the lanes
+    held: dict[tuple[int, int, int], Params] = {}  # one, which blocks of rows share
+
     def deltas(start: int, before: int, lanes: int) -> Params:
-        points = _fill(etas[start : start + lanes - before], before, lanes)
-        return {
-            name: (points.to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name])
-            for name, d in v.items()
-        }
+        if (start, before, lanes) not in held:
+            held.clear()
+            points = _fill(etas[start : start + lanes - before], before, lanes)
+            held[start, before, lanes] = {
+                name: (points.to(d.device).view(-1, *[1] * d.ndim) * d).to(params[name])
+                for name, d in v.items()
+            }
+        return held[start, before, lanes]
 
     return deltas
 
@@ -324,6 +327,7 @@ def _values(fn, params, deltas, k: int, part, lanes: int, before: int):
         else:
             out, count = torch.func.vmap(at)(some), min(lanes, k + before - start)
             parts.append(tree_map(lambda x, count=count: x[:count], out))
+        del some  # before there are the next
     return concatenate(parts)
 
 
@@ -356,6 +360,7 @@ def _increments(fn, params, deltas, k: int, part, lanes: int, how: dict, fallbac
         else:
             base, change = torch.func.vmap(at, out_dims=(None, 0))(some)
             parts.append(tree_map(lambda x, count=count: x[:count], change))
+        del some
     return base, concatenate(parts)
 
 
