@@ -97,6 +97,10 @@ class ProbeArguments:
         default=None,
         metadata={"help": "auto, or a degree: interpolate from a few evaluations."},
     )
+    tol: float = field(
+        default=1e-6,
+        metadata={"help": "The error that auto allows, over the largest change per eta."},
+    )
     matmul: str = field(
         default="full",
         metadata={
@@ -260,6 +264,7 @@ def _probe(arguments: ProbeArguments, device: str, group) -> None:
         off_policy=arguments.off_policy,
         change=arguments.change,
         nodes=nodes,
+        tol=arguments.tol,
         matmul=None if arguments.matmul == "full" else arguments.matmul,
         max_length=max_length,
         tokens=arguments.tokens,

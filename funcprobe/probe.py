@@ -43,6 +43,7 @@ def probe(
     off_policy: bool = False,
     change: str = "increment",
     nodes: int | str | None = None,
+    tol: float = 1e-6,
     matmul: str | None = None,
     max_length: int | None = None,
     tokens: int | None = None,
@@ -69,7 +70,8 @@ def probe(
         off_policy: E was sampled elsewhere, with the log-probabilities it records: weigh its rows
             by them. Without, E is taken to be sampled at the checkpoint, and flagged if it was not.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
-        nodes: "auto" interpolates many etas from a few evaluations of each block; see `sweep`.
+        nodes, tol: "auto" interpolates many etas from a few evaluations of each block, to `tol`;
+            see `sweep`.
         matmul: "tf32" or "bfloat16", the precision of the increments' matrix products; its error is
             measured and reported.
         max_length: the divisor of recipes with a constant one, in tokens.
@@ -93,7 +95,7 @@ def probe(
     divisor = max_length or update.response.shape[1]
     update, evaluation = trim(update).to("cpu"), trim(evaluation).to("cpu")
     _check(checkpoint, update, evaluation)
-    check_nodes("probe", nodes)
+    check_nodes("probe", nodes, tol)
     support = params if checkpoint.sampling.top_p < 1 else None
     score = scorer(checkpoint.model, base, sampling=checkpoint.sampling, support=support)
     loss = objective(score, recipe)
@@ -137,7 +139,7 @@ def probe(
     etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
     points = len(etas) + (change == "direct") if nodes is None else FIRST
     lanes = max(min(lanes, points), 1)
-    same = {"change": change, "nodes": nodes, "matmul": matmul, "lanes": lanes}
+    same = {"change": change, "nodes": nodes, "tol": tol, "matmul": matmul, "lanes": lanes}
     blocks, order = stream.cut(evaluation, lanes)
     swept = stream.each(
         "sweep over E",

@@ -153,6 +153,7 @@ def test_every_option_arrives(inputs, called, capsys):
         "dtype": "float64",
         "change": "direct",
         "nodes": "auto",
+        "tol": 1e-4,
         "device": "cpu",
         "optimizer": "fresh",
         "lr": 0.25,
@@ -160,7 +161,7 @@ def test_every_option_arrives(inputs, called, capsys):
         "tokens": 99,
     }
     got = called(capsys, settings)
-    options = ("recipe", "weights", "per", "max_length", "change", "nodes", "tokens")
+    options = ("recipe", "weights", "per", "max_length", "change", "nodes", "tol", "tokens")
     assert {name: got[name] for name in options} == {name: settings[name] for name in options}
     checkpoint = got["checkpoint"]
     assert next(iter(checkpoint.params.values())).dtype == torch.float64

@@ -130,6 +130,10 @@ def test_a_dense_curve_is_what_every_point_gives(checkpoint, small):
     bound = "interpolation's error of a token, nats, at most"
     assert 0 < curve.about[bound] < 1e-4 and every.about[bound] == 0
     assert curve.rounding.floor < float(etas[1])
+    loose = fp.probe(checkpoint, *small, etas, nodes="auto", tol=0.1)
+    assert 10 * curve.about[bound] < loose.about[bound]
+    with pytest.raises(ValueError, match="tol must be"):
+        fp.probe(checkpoint, *small, etas, nodes="auto", tol=-1.0)
 
 
 @pytest.mark.parametrize("how", [{"change": "direct"}, {"matmul": "bfloat16"}])
