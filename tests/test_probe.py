@@ -132,7 +132,7 @@ def test_a_dense_curve_is_what_every_point_gives(checkpoint, small):
     assert curve.rounding.floor < float(etas[1])
     loose = fp.probe(checkpoint, *small, etas, nodes="auto", tol=0.1)
     assert 10 * curve.about[bound] < loose.about[bound]
-    with pytest.raises(ValueError, match="tol must be"):
+    with pytest.raises(ValueError, match="probe: tol must be"):
         fp.probe(checkpoint, *small, etas, nodes="auto", tol=-1.0)
 
 
