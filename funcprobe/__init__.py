@@ -5,10 +5,9 @@ gradient; everything measurable a function of ``params + eta * v``. Importing th
 no global state.
 """
 
-from .calculus.curve import EVALUATED, INTERPOLATED, LAW
-from .calculus.increment import RULES, Increment, increment
+from .calculus.blocks import evaluate
+from .calculus.interpolation import EVALUATED, INTERPOLATED, LAW
 from .calculus.line import Sweep, changes, join, sweep, sweep_blocks
-from .calculus.rows import evaluate
 from .calculus.step import (
     AdamState,
     Affine,
@@ -20,27 +19,28 @@ from .calculus.step import (
     sgd,
 )
 from .calculus.taylor import taylor
+from .calculus.transforms.increment import RULES, Increment, increment
 from .calculus.tree import add_scaled, dot, norm, shift, stack
-from .checkpoint import Checkpoint, load_checkpoint
-from .encoding import fingerprint
-from .ground_truth import GroundTruth, ground_truth
 from .language import readouts
 from .language.batch import Batch, by_length, collate
-from .language.model import Model, assemble, logits, split
+from .language.model.split import Model, assemble, logits, split
 from .language.objectives import RECIPES, Recipe, objective, prepare
 from .language.score import Readings, Sampling, Scores, scorer, with_value
-from .parallel import sharded
-from .probe import probe
-from .records import read_batch, write_batch
-from .report import Report, plot, plot_ratio
-from .resume import resumable
-from .rollout import rollout
+from .rollouts.ground_truth import GroundTruth, ground_truth
+from .rollouts.records import read_batch, write_batch
+from .rollouts.sample import rollout
+from .runtime.distributed import sharded
+from .runtime.resume import resumable
+from .runtime.serialize import fingerprint
 from .statistics.change import entropy_change, entropy_covector, entropy_series
-from .statistics.importance import pareto_khat, pareto_smooth
-from .statistics.orders import OddEven, odd_even, takeover
+from .statistics.linearity import Linearity, Ratio, linearity, ratio
+from .statistics.odd_even import OddEven, odd_even, takeover
 from .statistics.planning import Comparison, compare, prompts_needed
 from .statistics.resampling import Bootstrap, Jackknife, bootstrap, jackknife
 from .statistics.results import Estimate, Series
 from .statistics.rounding import Rounding, rounding
 from .statistics.uncertainty import band
-from .statistics.validity import Linearity, Ratio, linearity, ratio
+from .statistics.weights import pareto_khat, pareto_smooth
+from .study.probe import probe
+from .study.report import Report, plot, plot_ratio
+from .training.checkpoint import Checkpoint, load_checkpoint

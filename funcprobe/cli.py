@@ -14,11 +14,11 @@ import yaml
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from .checkpoint import load_checkpoint
-from .parallel import agree, together
-from .probe import probe
-from .records import read_batch, read_sampling
-from .resume import discard
+from .rollouts.records import read_batch, read_sampling
+from .runtime.distributed import agree, together
+from .runtime.resume import discard
+from .study.probe import probe
+from .training.checkpoint import load_checkpoint
 
 BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
 

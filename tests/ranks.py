@@ -19,7 +19,7 @@ def main() -> None:
     folder, fault, *words = sys.argv[1:]
     rank = int(os.environ["RANK"])
     log = Path(folder) / f"rank{rank}.jsonl"
-    composed = sys.modules["funcprobe.probe"]  # the package's own `probe` is the function
+    composed = sys.modules["funcprobe.study.probe"]  # the package's own `probe` is the function
     sweep, probe, to = composed.sweep, cli.probe, Batch.to
     swept = 0
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.language import attention
+from funcprobe.language.model import attention
 
 
 def by_hand(query, key, value, mask, scaling, softcap):

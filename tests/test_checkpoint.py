@@ -25,8 +25,8 @@ from transformers import (
 from transformers.trainer_pt_utils import get_parameter_names
 
 import funcprobe as fp
-from funcprobe.checkpoint import load_checkpoint
-from funcprobe.optimizer import NO_DECAY
+from funcprobe.training.checkpoint import load_checkpoint
+from funcprobe.training.optimizer import NO_DECAY
 
 BY_RULE = "by order (HF Trainer's decay and no-decay groups; sizes, shapes and step counts agree)"
 BY_GROUP = "by order (one group)"

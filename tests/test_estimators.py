@@ -11,7 +11,7 @@ from test_exact import ETAS, SEQUENCES, exact, exact_batch, log_probability, set
 from test_prefix import N, R, arrays, swept
 
 import funcprobe as fp
-from funcprobe.statistics.doubts import doubts
+from funcprobe.statistics.flags import doubts
 
 WEIGHTS = ["sequence", "prefix", "prefix_raw", "none"]
 PER = ["token", "sequence"]

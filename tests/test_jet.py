@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch.func import grad, jvp, vmap
 
 import funcprobe as fp
-from funcprobe.calculus import jet
-from funcprobe.calculus.jet import RULES, Bypassed, Jet, derivatives
-from funcprobe.calculus.nested import nested
-from funcprobe.calculus.overload import Scope
+from funcprobe.calculus.transforms import jet
+from funcprobe.calculus.transforms.carrier import Scope
+from funcprobe.calculus.transforms.jet import RULES, Bypassed, Jet, derivatives
+from funcprobe.calculus.transforms.nested_jvp import nested
 
 mpmath.mp.dps = 60  # as in test_increment: it is global
 ORDER = 4

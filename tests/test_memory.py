@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.memory import positions, room
+from funcprobe.runtime.memory import positions, room
 
 MESSAGES = (
     "CUDA out of memory. Tried to allocate 2.00 GiB.",
@@ -138,7 +138,7 @@ def test_the_report_holds_the_budget(checkpoint, update, evaluation):
 
 
 def test_the_report_says_that_memory_ran_out(checkpoint, update, evaluation, monkeypatch):
-    probe_module = importlib.import_module("funcprobe.probe")
+    probe_module = importlib.import_module("funcprobe.study.probe")
     own = probe_module.join
 
     def short(sweeps, order=None):

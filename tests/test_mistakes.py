@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 import test_estimators
+import test_linearity
 import test_prefix
 import test_statistics
 import test_uncertainty
-import test_validity
 
 PACKAGE = "funcprobe.statistics"
 
@@ -29,7 +29,7 @@ MISTAKES = {
         lambda: test_estimators.test_every_estimator_gives_the_exact_change("sequence", "token"),
     ),
     "the EOS is dropped": (
-        "reading",
+        "inputs",
         "response = response[:, :width].to(logp.device)",
         "response = torch.nn.functional.pad(response[:, 1:width], (0, 1))",
         lambda: test_estimators.test_every_estimator_gives_the_exact_change("sequence", "token"),
@@ -119,27 +119,27 @@ MISTAKES = {
         ),
     ),
     "the slope's noise is left out of the ratio": (
-        "validity",
+        "linearity",
         " - (change.value / (line * slope))[:, None] * series.psi[0]",
         "",
-        lambda: test_validity.test_the_ratios_influence_is_its_derivative_in_the_rows_weight(
+        lambda: test_linearity.test_the_ratios_influence_is_its_derivative_in_the_rows_weight(
             "sequence", "token"
         ),
     ),
     "a point beyond a gap counts": (
-        "validity",
+        "linearity",
         "run = inside[side].long().cumprod(0).sum()",
         "run = inside[side].sum()",
-        test_validity.test_reach_needs_every_smaller_point,
+        test_linearity.test_reach_needs_every_smaller_point,
     ),
     "the curvature without its factor of 2": (
-        "orders",
+        "odd_even",
         "(x[up] + x[down]) / (size * size)",
         "(x[up] + x[down]) / (2 * size * size)",
-        lambda: test_validity.test_odd_and_even_parts_are_slope_and_curvature("token"),
+        lambda: test_linearity.test_odd_and_even_parts_are_slope_and_curvature("token"),
     ),
     "a tail of another length": (
-        "importance",
+        "weights",
         "size = math.floor(min(n / 5, 3 * math.sqrt(n)))",
         "size = math.ceil(min(n / 5, 3 * math.sqrt(n)))",
         lambda: test_uncertainty.test_khat_and_smoothed_weights_are_those_of_arviz(
@@ -147,7 +147,7 @@ MISTAKES = {
         ),
     ),
     "smoothed beyond the largest weight": (
-        "importance",
+        "weights",
         "smoothed = (cutoff + torch.log1p(quantile)).clamp(max=0)",
         "smoothed = cutoff + torch.log1p(quantile)",
         lambda: test_uncertainty.test_khat_and_smoothed_weights_are_those_of_arviz(
@@ -174,7 +174,7 @@ def wrong(monkeypatch, module, right, mistaken):
         for name, value in own.items():
             if getattr(other, name, None) is value:
                 monkeypatch.setattr(other, name, vars(mutant)[name])
-    for tests in (test_estimators, test_prefix, test_statistics, test_uncertainty, test_validity):
+    for tests in (test_estimators, test_prefix, test_statistics, test_uncertainty, test_linearity):
         for name, value in own.items():
             if getattr(tests, name, None) is value:
                 monkeypatch.setattr(tests, name, vars(mutant)[name])

@@ -8,7 +8,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.language.batch import trim
-from funcprobe.records import read_sampling
+from funcprobe.rollouts.records import read_sampling
 
 
 def same(a: fp.Batch, b: fp.Batch) -> bool:

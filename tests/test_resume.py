@@ -15,10 +15,11 @@ import torch
 from cases import case
 
 import funcprobe as fp
-from funcprobe import cli, resume
-from funcprobe.encoding import decode, encode
+from funcprobe import cli
+from funcprobe.runtime import resume
+from funcprobe.runtime.serialize import decode, encode
 
-composed = sys.modules["funcprobe.probe"]  # the package's own `probe` is the function
+composed = sys.modules["funcprobe.study.probe"]  # the package's own `probe` is the function
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import reference
 import torch
 
 import funcprobe as fp
-from funcprobe.statistics.importance import (
+from funcprobe.statistics.uncertainty import by_group, standard_error
+from funcprobe.statistics.weights import (
     effective_sample_size,
     log_weights,
     mean_weight,
     pareto_khat,
 )
-from funcprobe.statistics.uncertainty import by_group, standard_error
 
 EXACT = dict(rtol=1e-12, atol=1e-13)
 ETAS = torch.tensor([0.0, 0.5, 1.0]).double()

@@ -9,7 +9,8 @@ import torch
 from test_prefix import N, arrays, swept
 
 import funcprobe as fp
-from funcprobe.statistics.importance import (
+from funcprobe.statistics.uncertainty import interval, standard_error, t_quantile
+from funcprobe.statistics.weights import (
     khat_limit,
     kl,
     largest_share,
@@ -17,7 +18,6 @@ from funcprobe.statistics.importance import (
     pareto_khat,
     pareto_smooth,
 )
-from funcprobe.statistics.uncertainty import interval, standard_error, t_quantile
 
 WEIGHTS = ["sequence", "prefix", "prefix_raw"]
 PER = ["token", "sequence"]

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .curve import EVALUATED, check_nodes, interpolate
-from .increment import increment
+from .blocks import cut, fitting, keep_pages
+from .interpolation import EVALUATED, check_nodes, interpolate
 from .precision import exact
-from .rows import cut, fitting, keep_pages
 from .taylor import taylor
+from .transforms.increment import increment
 from .tree import (
     Params,
     check_direction,

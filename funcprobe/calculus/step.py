@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .blocks import REVERSE, cut, fitting
 from .precision import exact
-from .rows import REVERSE, cut, fitting
 from .tree import (
     Params,
     check_direction,

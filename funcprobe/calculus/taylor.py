@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import torch
 
-from .jet import Bypassed, derivatives
-from .nested import nested
+from .blocks import cut, fitting, keep_pages
 from .precision import exact
-from .rows import cut, fitting, keep_pages
+from .transforms.jet import Bypassed, derivatives
+from .transforms.nested_jvp import nested
 from .tree import Params, check_direction, check_nan, merge
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .model import Model, Params
-from .recompute import closed, recompute
-from .softmax import head_scores, logp_and_entropy, nucleus
+from .head.rematerialise import closed, recompute
+from .head.softmax import head_scores, logp_and_entropy, nucleus
+from .model.split import Model, Params
 
 _CHUNK_BYTES = 2**24  # of logits at a time, per lane
 _WIDTH = 4096  # tokens of the vocabulary at a time: their logits stay in a CPU's cache

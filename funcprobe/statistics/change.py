@@ -7,7 +7,10 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 from .estimators import Per, Rows, Weights, base_sums, change_sums
-from .importance import (
+from .inputs import Scores, Swept, quantity, read
+from .results import Estimate, Series, polynomial
+from .uncertainty import by_group
+from .weights import (
     effective_sample_size,
     kl,
     largest_share,
@@ -17,9 +20,6 @@ from .importance import (
     pareto_khat,
     pareto_smooth,
 )
-from .reading import Scores, Swept, quantity, read
-from .results import Estimate, Series, polynomial
-from .uncertainty import by_group
 
 _BLOCK = 2**19  # numbers of a sweep at a time: a few hundred MB with all that is made of them
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad
 
-from .importance import log_weights
+from .weights import log_weights
 
 Per = Literal["token", "sequence"]
 Weights = Literal["sequence", "prefix", "prefix_raw", "none"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .change import entropy_change
 from .estimators import Per, Rows
-from .reading import Swept
+from .inputs import Swept
 from .results import Estimate, Series
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimators import Per, Rows, Sums, Weights, change_sums
-from .reading import Swept, read
+from .inputs import Swept, read
 from .uncertainty import ONE_PROMPT, by_group, standard_error
 
 

@@ -16,7 +16,8 @@ import torch
 import workload as w
 
 import funcprobe as fp
-from funcprobe.language import score, softmax
+from funcprobe.language import score
+from funcprobe.language.head import softmax
 
 HEADS = ("recomputed", "plain operations")
 

@@ -1,0 +1,1 @@
+"""A PEFT model as pure functions and two dicts of tensors."""

@@ -1,0 +1,1 @@
+"""Batches of responses, from disk and from the policy."""

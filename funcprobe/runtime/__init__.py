@@ -1,0 +1,1 @@
+"""Blocks in bounded memory: streamed, resumed, serialised and distributed."""

@@ -1,0 +1,1 @@
+"""The whole probe: the update, the sweep, the slope, the report."""

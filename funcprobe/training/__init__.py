@@ -1,0 +1,1 @@
+"""What trainers leave behind: checkpoints and optimizer states."""
