@@ -44,3 +44,5 @@ from .statistics.weights import pareto_khat, pareto_smooth
 from .study.probe import probe
 from .study.report import Report, plot, plot_ratio
 from .training.checkpoint import Checkpoint, load_checkpoint
+
+__version__ = "0.1.0"

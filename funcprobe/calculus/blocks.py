@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +18,36 @@ _BLOCK_ELSEWHERE = 16384
 
 # Reverse mode keeps what every layer computed; it counts as this many lanes.
 REVERSE = 2
+
+
+class RowFn(Protocol):
+    """A function ``(params, batch) -> tree`` that treats the rows of its batch independently.
+
+    Every leaf of the batch and of the result leads with the same N rows, and row i of the result
+    depends on row i of the batch alone.
+    """
+
+    def __call__(self, params: Params, batch: Any, /) -> Any:
+        """The function's value at `params` on the rows of `batch`."""
+        ...
+
+
+@runtime_checkable
+class Cuttable(Protocol):
+    """A batch that knows how to divide itself into blocks."""
+
+    def cut(self, positions: int, /) -> tuple[list[Self], Tensor]:
+        """Blocks of at most `positions` positions, and the original row [N] of each of theirs."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A batch whose rows can be told apart, so that results can be checked against it."""
+
+    def row_hashes(self) -> Tensor:
+        """[N] int64, a hash of each row that does not depend on padding or on other rows."""
+        ...
 
 
 def block_size(device: torch.device) -> int:
@@ -40,7 +71,7 @@ def cut(batch, rows: int | None, lanes: int = 1) -> tuple[Iterable, Tensor | Non
         rows: rows per block in the batch's own order, whatever the batch; None is the default.
         lanes: parameter points that are computed at once.
     """
-    if rows is None and hasattr(batch, "cut"):
+    if rows is None and isinstance(batch, Cuttable):
         return batch.cut(max(block_size(leaves(batch)[0].device) // lanes, 1))
     return blocks(batch, rows or default_rows(batch, lanes)), None
 

@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from ..language.batch import Batch, collate, lengths
 from ..language.score import Sampling
+from ..runtime.files import write_atomically
 
 
 def write_batch(path, batch: Batch, *, tokenizer=None, sampling: Sampling | None = None) -> None:
@@ -103,15 +103,6 @@ def encode_prompt(prompt, tokenizer) -> list[int]:
         return list(tokenizer(prompt).input_ids)
     ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
     return list(ids["input_ids"])
-
-
-def write_atomically(path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def _records(path) -> list[dict]:

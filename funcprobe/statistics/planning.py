@@ -10,6 +10,7 @@ from .change import entropy_change
 from .estimators import Per, Rows
 from .inputs import Swept
 from .results import Estimate, Series
+from .tables import text_table
 
 
 def prompts_needed(pilot: Estimate | Series, eta: float, relative_error: float) -> int:
@@ -69,11 +70,7 @@ class Comparison(NamedTuple):
             found = [f"{float(e.value[k]):+.3e} +- {float(e.stderr[k]):.1e}" for e in estimates]
             ess = f"{float(estimates[0].ess[k]):.0f}/{estimates[0].rows}"
             rows.append([f"{eta:.3g}", *found, ess])
-        widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (header, *rows)
-        )
+        return "\n".join(text_table(header, rows))
 
 
 def compare(

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ..rollouts.records import write_atomically
+from ..runtime.files import write_atomically
 from ..statistics.linearity import Linearity, linearity
 from ..statistics.results import Estimate, Series
 from ..statistics.rounding import Rounding
+from ..statistics.tables import text_table
 from ..statistics.uncertainty import t_quantile
 
 WITHIN = 0.1  # the line "holds" while the change is within a tenth of it
@@ -155,7 +156,7 @@ class Report:
             )
             for row in data["etas"]
         ]
-        out = [head, "", *_table(columns, lines), "", self.verdict()]
+        out = [head, "", *text_table(columns, lines), "", self.verdict()]
         out += [] if self.rounding is None else [str(self.rounding)]
         out += [f"! {flag}" for flag in self.flags]
         return "\n".join(out)
@@ -297,14 +298,6 @@ def _name(series: Series) -> str:
 
 def _tensors(estimate: Estimate | Series):
     return [(n, x) for n, x in estimate._asdict().items() if isinstance(x, Tensor)]
-
-
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    return [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (columns, *rows)
-    ]
 
 
 def _short(value: float | None) -> str:

@@ -1,0 +1,28 @@
+"""Files that appear whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Writes a file whole or not at all, making its folder first if there is none.
+
+    The data goes to a partial file beside it, which carries the process's id so that two runs do
+    not meet in it, reaches the disk, and then takes the file's name.
+
+    Args:
+        path: the file; one that exists is replaced.
+        data: its content.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
