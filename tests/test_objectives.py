@@ -1,5 +1,7 @@
 """Each recipe is its trainer's loss, in value and in the gradient of the live module."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import cases
@@ -8,7 +10,9 @@ import reference
 import torch
 
 import funcprobe as fp
-from funcprobe.language.objectives import RECIPES, Recipe, advantages
+from funcprobe.language import objectives
+from funcprobe.language.objectives import advantages
+from funcprobe.language.recipes import RECIPES, Recipe
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
 
@@ -226,3 +230,14 @@ def test_values_of_another_shape_are_refused():
 def test_a_recipe_of_unknown_parts_is_refused(wrong):
     with pytest.raises(ValueError, match="Recipe: .* must be one of"):
         Recipe(**wrong)
+
+
+def test_recipes_need_no_torch():
+    code = (
+        "import sys, types; package = types.ModuleType('funcprobe'); "
+        f"package.__path__ = {list(fp.__path__)!r}; sys.modules['funcprobe'] = package; "
+        "import funcprobe.language.recipes as r; assert 'grpo' in r.RECIPES; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert objectives.RECIPES is RECIPES and objectives.Recipe is Recipe

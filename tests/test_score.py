@@ -1,4 +1,4 @@
-"""Scores against full logits row by row; batches and their invariances."""
+"""Scores against full logits row by row, and what changes none of them."""
 
 import cases
 import pytest
@@ -8,7 +8,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 import funcprobe as fp
 import funcprobe.language.score as score_module
-from funcprobe.language.batch import lengths, targets, trim
+from funcprobe.language.batch import lengths, trim
 from funcprobe.language.score import logp_and_entropy, nucleus
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
@@ -203,13 +203,6 @@ def test_scores_are_zero_off_the_response():
     assert (scored(batch).logp[2] == 0).all()  # the empty response
 
 
-def test_targets_are_the_response_tokens():
-    batch = cases.batch()
-    found = [row[keep].tolist() for row, keep in zip(targets(batch), batch.response, strict=True)]
-    assert found[0] == [14, 15, 16, 17, 18, cases.EOS]
-    assert found[2] == [] and found[6] == [30, 31]
-
-
 # Invariances
 
 
@@ -254,74 +247,3 @@ def test_the_pad_id_changes_nothing(pad_id):
     assert not torch.equal(batch.tokens, other.tokens)
     assert torch.equal(batch.response, other.response)
     assert_scores(scored(other), scored(batch))
-
-
-# collate and by_length
-
-
-def test_collate_aligns_on_the_response():
-    batch = cases.batch(advantage=range(8))
-    assert batch.group.tolist() == [0, 1, 2, 0, 2, 1, 3, 0]
-    assert batch.attention.sum(1).tolist() == [9, 8, 1, 8, 2, 9, 4, 9]
-    assert batch.response.sum(1).tolist() == [6, 3, 0, 5, 1, 4, 2, 6]
-    assert batch.position[1, :3].tolist() == [4, 5, 6]
-    assert batch.tokens.dtype == batch.position.dtype == batch.group.dtype == torch.int64
-    assert batch.reward.dtype == batch.advantage.dtype == torch.float64
-    assert batch.weight.isnan().all() and batch.old_logp.isnan().all()
-
-
-def test_collate_takes_ragged_or_padded_old_logp():
-    lists = [[-1.0, -2.0], [-3.0]]
-    padded = torch.tensor([[-1.0, -2.0, 9.0], [-3.0, 9.0, 9.0]])
-    made = [fp.collate([[1], [2]], [[3, 4], [5]], old_logp=x).old_logp for x in (lists, padded)]
-    assert made[0][0].tolist() == [-1.0, -2.0] and made[0][1, 0] == -3.0
-    assert made[0][1, 1].isnan()
-    torch.testing.assert_close(made[0], made[1], equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (dict(prompts=[[1], []], responses=[[1], [1]]), r"rows \[1\] are empty.*BOS"),
-        (dict(prompts=[[1], [1]], responses=[[], []]), "all 2 responses are empty"),
-        (dict(prompts=[[1], [1]], responses=[[1]]), "2 prompts but 1 responses"),
-        (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "1 prompts but 2 reward"),
-        (dict(prompts=[[1]], responses=[[1]], group=[]), "1 prompts but 0 group"),
-        (dict(prompts=[[1]], responses=[[1, 2]], old_logp=[[0.0]]), "1 values for 2.*EOS"),
-    ],
-)
-def test_collate_refuses(arguments, message):
-    with pytest.raises(ValueError, match=f"(?s)collate: .*{message}"):
-        fp.collate(**arguments)
-
-
-@pytest.mark.parametrize("tokens", [1, 10, 18, 30, 1000])
-def test_blocks_by_length_are_trimmed_and_in_their_order(tokens):
-    batch = cases.batch()
-    blocks, order = fp.by_length(batch, tokens=tokens)
-    assert sorted(order.tolist()) == list(range(8))
-    start = 0
-    for block in blocks:
-        n, width = block.tokens.shape
-        assert n == 1 or n * width <= tokens
-        assert width == int(block.attention.sum(1).max())
-        assert block.response.shape[1] == max(int(block.response.sum(1).max()), 1)
-        same = batch.rows(order[start : start + n])
-        assert torch.equal(block.tokens, same.tokens[:, :width])
-        assert torch.equal(block.group, same.group)
-        start += n
-    assert start == 8
-    longest = [int(block.attention.sum(1).max()) for block in blocks]
-    assert longest == sorted(longest, reverse=True)
-
-
-def test_by_length_refuses_no_tokens():
-    with pytest.raises(ValueError, match="by_length: tokens must be at least 1"):
-        fp.by_length(cases.batch(), tokens=0)
-
-
-def test_rows_and_devices_keep_every_field():
-    batch = cases.batch()
-    some = batch.rows(torch.tensor([True, False] * 4))
-    assert all(len(leaf) == 4 for leaf in some)
-    assert torch.equal(batch.to("cpu").tokens, batch.tokens)

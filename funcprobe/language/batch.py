@@ -17,6 +17,9 @@ class Batch(NamedTuple):
 
     N sequences, L positions, R response positions. Unknown floating fields are nan; what needs an
     unknown field refuses by name.
+
+    The number of rows is `n`. As for every NamedTuple, ``len(batch)`` is the number of fields,
+    ``batch[i]`` is the i-th field and iterating gives the fields; `rows` selects rows.
     """
 
     tokens: Tensor  # [N, L] int64, prompt then response then padding
@@ -30,7 +33,30 @@ class Batch(NamedTuple):
     old_logp: Tensor  # [N, R] float64, nats under the behaviour policy
     ref_logp: Tensor  # [N, R] float64, nats under a KL reference
 
-    def rows(self, index) -> "Batch":
+    @property
+    def n(self) -> int:
+        """The number of rows, N."""
+        return self.tokens.shape[0]
+
+    def row_hashes(self) -> Tensor:
+        """A hash of each row's prompt and response, [N] int64, by which rows can be told apart.
+
+        Rows with the same prompt tokens and the same response tokens have the same hash, on every
+        device and in every batch: padding and the other fields do not enter it. The same tokens
+        divided elsewhere into prompt and response have another hash.
+
+        >>> batch = collate([[5, 6], [5], [5, 6]], [[7], [6, 7], [7]])
+        >>> a, b, c = batch.row_hashes().tolist()
+        >>> a == c, a == b
+        (True, False)
+        """
+        place = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        # A sum over the tokens, each mixed with its place, needs no order and ignores padding.
+        mixed = _mix(_mix(self.tokens) + place)
+        content = torch.where(self.attention, mixed, 0).sum(1)
+        return _mix(_mix(content + self.attention.sum(1)) + self.response.sum(1))
+
+    def rows(self, index: slice | Tensor) -> "Batch":
         """The rows that `index` (a slice, an integer or boolean tensor) selects."""
         return Batch(*(leaf[index] for leaf in self))
 
@@ -210,6 +236,17 @@ def _cut(batch: Batch, tokens: int) -> list[Tensor]:
         blocks[-1] += members[sequence]
         held += 1
     return [torch.tensor(block) for block in blocks]
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scatters int64 one to one: the finaliser of SplitMix64 (Steele et al. 2014).
+
+    Multiplications wrap around. The shifts are logical: what an arithmetic one fills is masked.
+    """
+    x = x + -0x61C8864680B583EB
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def _same_length(name: str, values, n: int) -> None:

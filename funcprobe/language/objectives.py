@@ -1,57 +1,15 @@
 """Policy-gradient objectives: a table of recipes, fixed on the whole batch, then summed by rows."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from .batch import Batch, lengths
+from .recipes import RECIPES as RECIPES
+from .recipes import Recipe as Recipe
+from .recipes import as_recipe
 from .score import Scores
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How rewards become advantages, a ratio a loss, and token losses a batch loss.
-
-    A token's loss is ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + beta * k3`` with
-    ``r = exp(logp - old_logp)`` and ``k3 = e^d - d - 1``, ``d = ref_logp - logp``.
-    """
-
-    # The prompt group's mean, or leave-one-out; "given" takes the batch's own advantages.
-    baseline: Literal["none", "mean", "loo", "given"] = "mean"
-    scale: Literal["none", "group", "batch"] = "none"  # unbiased standard deviation, plus scale_eps
-    scale_eps: float = 1e-4
-    ratio: Literal["none", "token", "sequence"] = (
-        "token"  # none: -A logp, the same gradient at r = 1
-    )
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.0
-    aggregate: Literal["sequence_sum", "sequence_mean", "token_mean", "constant"] = "constant"
-
-    def __post_init__(self):
-        for name, kind in get_type_hints(type(self)).items():
-            allowed = get_args(kind)
-            if allowed and getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"Recipe: {name} must be one of {allowed}, not {getattr(self, name)!r}."
-                )
-
-
-RECIPES: dict[str, Recipe] = {
-    # Williams 1992: sequence sums, no baseline.
-    "reinforce": Recipe(baseline="none", ratio="none", aggregate="sequence_sum"),
-    # Ahmadian et al. 2024, arXiv 2402.14740: leave-one-out baseline, one ratio a sequence.
-    "rloo": Recipe(baseline="loo", ratio="sequence", aggregate="sequence_sum"),
-    # Shao et al. 2024, arXiv 2402.03300: mean over sequences of each one's token mean.
-    "grpo": Recipe(scale="group", aggregate="sequence_mean"),
-    # Liu et al. 2025, arXiv 2503.20783: no length or difficulty bias, a constant divisor.
-    "dr_grpo": Recipe(aggregate="constant"),
-    # Yu et al. 2025, arXiv 2503.14476: mean over all tokens, clip higher.
-    "dapo": Recipe(scale="group", clip_high=0.28, aggregate="token_mean"),
-}
 
 
 def prepare(
@@ -81,7 +39,7 @@ def prepare(
         ValueError: an unknown recipe, a field it needs that is unknown (nan), or advantages in
             the batch that differ from those the recipe makes of its rewards.
     """
-    recipe = _recipe(recipe)
+    recipe = as_recipe(recipe)
     if old_logp is not None:
         batch = batch._replace(old_logp=_like(batch, old_logp))
     if ref_logp is not None:
@@ -109,7 +67,7 @@ def objective(
     Raises:
         ValueError: an unknown recipe; where the function is called, a batch that was not prepared.
     """
-    recipe = _recipe(recipe)
+    recipe = as_recipe(recipe)
 
     def loss(params, batch: Batch) -> Tensor:
         _prepared(batch)
@@ -190,14 +148,6 @@ def _weights(batch: Batch, recipe: Recipe, max_length: int | None) -> Tensor:
         "constant": torch.ones_like(length) / (n * (max_length or steps)),
     }[recipe.aggregate]
     return each * batch.response
-
-
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise ValueError(f"unknown recipe {recipe!r}: use one of {sorted(RECIPES)}, or a Recipe.")
-    return RECIPES[recipe]
 
 
 def _known(batch: Batch, name: str, remedy: str) -> None:
