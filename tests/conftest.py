@@ -2,11 +2,22 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import funcprobe as fp
 from funcprobe.cli import bundled
 
 torch.set_num_threads(1)  # at these sizes a second thread costs ten times what it gives
+
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import cases
 import pytest
 import torch
-from test_exact import SEQUENCES, exact
+from enumerated import SEQUENCES, exact
 
 import funcprobe as fp
 from funcprobe.statistics.uncertainty import interval

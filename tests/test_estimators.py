@@ -2,24 +2,18 @@
 
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import cases
 import pytest
 import torch
-from test_exact import ETAS, SEQUENCES, exact, exact_batch, log_probability, setting
-from test_prefix import N, R, arrays, swept
+from arrays import N, R, Readings, arrays, swept
+from enumerated import ETAS, SEQUENCES, exact, exact_batch, log_probability, setting
 
 import funcprobe as fp
 from funcprobe.statistics.flags import doubts
 
 WEIGHTS = ["sequence", "prefix", "prefix_raw", "none"]
 PER = ["token", "sequence"]
-
-
-class Readings(NamedTuple):
-    logp: torch.Tensor
-    value: torch.Tensor
 
 
 def defined(base, change, rows, weights, per, times, control=None):

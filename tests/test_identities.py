@@ -4,49 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from arrays import SEEDS, drawn, taken
 from hypothesis import given
 from hypothesis import strategies as st
-from test_laws import SEEDS
 
 import funcprobe as fp
 
 PER = st.sampled_from(["token", "sequence"])
 WEIGHTS = st.sampled_from(["sequence", "prefix", "prefix_raw", "none"])
 CLOSE = dict(rtol=1e-8, atol=1e-11)
-
-
-def drawn(seed, *, n=None, width=None, size=0.5):
-    """A sweep of one eta over ragged rows, at least one token each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def number(low, high):
-        return int(torch.randint(low, high + 1, (1,), generator=generator))
-
-    n, width = n or number(6, 40), width or number(1, 6)
-    length = torch.randint(1, width + 1, (n, 1), generator=generator)
-    response = torch.arange(width) < length
-    group = torch.randint(0, max(n // 3, 2), (n,), generator=generator)
-    group[:2] = torch.arange(2)
-
-    def draw(scale):
-        x = scale * torch.randn(n, width, generator=generator, dtype=torch.float64)
-        return torch.where(response, x, 0.0)
-
-    base, change = fp.Scores(draw(1.0), draw(1.0)), fp.Scores(draw(size)[None], draw(size)[None])
-    etas = torch.ones(1, dtype=torch.float64)
-    sweep = SimpleNamespace(etas=etas, base=base, change=change)
-    return sweep, SimpleNamespace(response=response, group=group)
-
-
-def taken(sweep, rows, index):
-    return (
-        SimpleNamespace(
-            etas=sweep.etas,
-            base=fp.Scores(*(x[index] for x in sweep.base)),
-            change=fp.Scores(*(x[:, index] for x in sweep.change)),
-        ),
-        SimpleNamespace(response=rows.response[index], group=rows.group[index]),
-    )
 
 
 def same(a, b, *names):

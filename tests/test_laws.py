@@ -1,24 +1,16 @@
 """Identities for any input: affine steps, shifts that add up, rows that do not know each other."""
 
+from functools import cache
+
 import cases
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from arrays import SEEDS
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import funcprobe as fp
 
-settings.register_profile(
-    "repeatable",
-    deadline=None,
-    derandomize=True,
-    max_examples=30,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("repeatable")
-
-SEEDS = st.integers(0, 10_000)
 NUMBERS = st.floats(-4, 4, allow_nan=False)
 SHAPES = {"a": (3, 2), "b": (4,), "c": ()}
 
@@ -124,87 +116,85 @@ def test_only_ratios_of_rates_matter_to_v(seed, factor):
 # Rows know nothing of each other
 
 
-def row_functions():
-    case = cases.case("llama")
+READOUTS = {
+    "top": fp.readouts.top_probability,
+    "margin": fp.readouts.margin,
+    "collision": fp.readouts.collision_probability,
+    "tail": fp.readouts.tail_mass(4),
+    "eos": fp.readouts.eos_probability(cases.EOS),
+}
+FUNCTIONS = sorted(["score", "to reference", "reward", "kl", *READOUTS, *fp.RECIPES])
+
+
+@cache
+def row_function(name):
+    """A function of rows of the llama case, and the batch it takes."""
+    case, batch = cases.case("llama"), cases.batch()
     score = fp.scorer(case.model, case.base)
-    ref = fp.shift(case.params, cases.direction(case.params, seed=3), 0.05)
-    batch = cases.batch()
-    old = score(ref, batch).logp
-    made = {"score": (lambda p, b: tuple(score(p, b)), batch)}
-    reads = {
-        "top": fp.readouts.top_probability,
-        "margin": fp.readouts.margin,
-        "collision": fp.readouts.collision_probability,
-        "tail": fp.readouts.tail_mass(4),
-        "eos": fp.readouts.eos_probability(cases.EOS),
-    }
-    fns = {n: fp.scorer(case.model, case.base, readout=r) for n, r in reads.items()}
-    fns["to reference"] = fp.scorer(
-        case.model, case.base, readout=fp.readouts.expected_kl, reference=ref
-    )
-    fns["reward"] = fp.with_value(score, lambda b: b.reward)
-    made |= {n: (lambda p, b, fn=fn: tuple(fn(p, b)), batch) for n, fn in fns.items()}
-    for name in sorted(fp.RECIPES):
-        ready = fp.prepare(batch, name, old_logp=old, ref_logp=old)
-        made[name] = (lambda p, b, name=name: (fp.objective(score, name)(p, b),), ready)
-    kl = fp.Recipe(beta=0.2, scale="batch")
-    ready = fp.prepare(batch, kl, old_logp=old, ref_logp=old)
-    made["kl"] = (lambda p, b: (fp.objective(score, kl)(p, b),), ready)
-    return case.params, made
+    reference = fp.shift(case.params, cases.direction(case.params, seed=3), 0.05)
+    if name == "score":
+        return score, batch
+    if name == "reward":
+        return fp.with_value(score, lambda b: b.reward), batch
+    if name == "to reference":
+        kl = fp.readouts.expected_kl
+        return fp.scorer(case.model, case.base, readout=kl, reference=reference), batch
+    if name in READOUTS:
+        return fp.scorer(case.model, case.base, readout=READOUTS[name]), batch
+    recipe = fp.Recipe(beta=0.2, scale="batch") if name == "kl" else name
+    old = score(reference, batch).logp
+    loss = fp.objective(score, recipe)
+    ready = fp.prepare(batch, recipe, old_logp=old, ref_logp=old)
+    return (lambda params, b: (loss(params, b),)), ready
 
 
-PARAMS, FUNCTIONS = row_functions()
-
-
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", FUNCTIONS)
 @settings(max_examples=8)
 @given(index=st.lists(st.integers(0, 7), min_size=1, max_size=9))
 def test_every_function_commutes_with_taking_rows(name, index):
-    fn, batch = FUNCTIONS[name]
+    (fn, batch), params = row_function(name), cases.case().params
     index = torch.tensor(index)
-    some = fn(PARAMS, batch.rows(index))
-    for a, b in zip(some, fn(PARAMS, batch), strict=True):
+    for a, b in zip(fn(params, batch.rows(index)), fn(params, batch), strict=True):
         torch.testing.assert_close(a, b[index], rtol=1e-11, atol=1e-12)
 
 
 @settings(max_examples=8)
 @given(st.permutations(range(8)), st.integers(9, 60))
 def test_blocks_join_into_the_whole_in_any_order(order, tokens):
-    fn, batch = FUNCTIONS["score"]
+    (score, batch), params = row_function("score"), cases.case().params
     shuffled = batch.rows(torch.tensor(order))
     blocks, back = fp.by_length(shuffled, tokens=tokens)
-    v = cases.direction(PARAMS)
-    score = fp.scorer(cases.case().model, cases.case().base)
-    joined = fp.join(fp.sweep_blocks(score, PARAMS, v, [0.1], blocks), back)
-    for a, b in zip(joined.base, fn(PARAMS, batch), strict=True):
+    v = cases.direction(params)
+    joined = fp.join(fp.sweep_blocks(score, params, v, [0.1], blocks), back)
+    for a, b in zip(joined.base, score(params, batch), strict=True):
         torch.testing.assert_close(a, b[list(order)], rtol=1e-11, atol=1e-12)
 
 
 # Purity
 
 
-@pytest.mark.parametrize("name", sorted(FUNCTIONS))
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_nothing_given_is_changed(name):
-    fn, batch = FUNCTIONS[name]
-    v = cases.direction(PARAMS)
-    base = cases.case("llama").base
-    tensors = [*PARAMS.values(), *base.values(), *v.values(), *batch]
+    fn, batch = row_function(name)
+    params, base = cases.case().params, cases.case().base
+    v = cases.direction(params)
+    tensors = [*params.values(), *base.values(), *v.values(), *batch]
     before = [(t._version, t.clone()) for t in tensors]
-    keys = list(PARAMS)
+    keys = list(params)
     for _ in range(2):
-        fn(PARAMS, batch)
-        fp.evaluate(fn, PARAMS, batch)
-        fp.sweep(fn, PARAMS, v, [0.0, 0.3], batch)
-        fp.changes(fn, PARAMS, fp.stack([v, v]), batch, lanes=1)
-        fp.gradient(fn, PARAMS, batch)
-        fp.row_gradients(fn, PARAMS, batch)
-        fp.taylor(fn, PARAMS, v, batch)
-        fp.shift(PARAMS, v, 0.1)
+        fn(params, batch)
+        fp.evaluate(fn, params, batch)
+        fp.sweep(fn, params, v, [0.0, 0.3], batch)
+        fp.changes(fn, params, fp.stack([v, v]), batch, lanes=1)
+        fp.gradient(fn, params, batch)
+        fp.row_gradients(fn, params, batch)
+        fp.taylor(fn, params, v, batch)
+        fp.shift(params, v, 0.1)
         fp.by_length(batch, tokens=20)
     for t, (version, value) in zip(tensors, before, strict=True):
         assert t._version == version
         torch.testing.assert_close(t, value, rtol=0, atol=0, equal_nan=True)
-    assert list(PARAMS) == keys
+    assert list(params) == keys
 
 
 @given(SEEDS)

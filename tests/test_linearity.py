@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_prefix import N, arrays, swept
+from arrays import N, arrays, swept
 
 import funcprobe as fp
 from funcprobe.statistics.flags import doubts

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_prefix import arrays, swept
+from arrays import arrays, swept
 
 import funcprobe as fp
 

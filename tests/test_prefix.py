@@ -4,37 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from arrays import N, R, arrays, swept
 from reference import stderr
 
 from funcprobe import Scores, entropy_change, entropy_series
-
-N, R = 9, 5
-
-
-def arrays(size: float = 0.3, seed: int = 0):
-    """Random scores of nine ragged rows of three prompts, and their first two derivatives."""
-    generator = torch.Generator().manual_seed(seed)
-    length = torch.tensor([5, 1, 3, 2, 4, 5, 1, 2, 3])
-    response = torch.arange(R) < length[:, None]
-
-    def draw(scale):
-        return torch.where(
-            response, scale * torch.randn(N, R, generator=generator, dtype=torch.float64), 0.0
-        )
-
-    terms = (
-        Scores(draw(1.0), draw(1.0).abs()),
-        Scores(draw(size), draw(size)),
-        Scores(draw(size), draw(size)),
-    )
-    return terms, SimpleNamespace(response=response, group=torch.arange(N) // 3)
-
-
-def swept(terms, etas):
-    etas = torch.as_tensor(etas, dtype=torch.float64)
-    t = etas.view(-1, 1, 1)
-    change = [t * a + t * t / 2 * b for a, b in zip(terms[1], terms[2], strict=True)]
-    return SimpleNamespace(etas=etas, base=terms[0], change=Scores(*change))
 
 
 def by_hand(base, change, response, per, normalised=True):

@@ -2,11 +2,12 @@
 
 import math
 from statistics import NormalDist
-from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
-from test_prefix import N, arrays, swept
+from arrays import N, arrays, swept, taken
+from enumerated import exact_batch, setting
 
 import funcprobe as fp
 from funcprobe.statistics.uncertainty import interval, standard_error, t_quantile
@@ -21,17 +22,6 @@ from funcprobe.statistics.weights import (
 
 WEIGHTS = ["sequence", "prefix", "prefix_raw"]
 PER = ["token", "sequence"]
-
-
-def taken(sweep, rows, index):
-    """The sweep and rows of `index`, a row twice where it stands twice."""
-    index = torch.as_tensor(index)
-    some = SimpleNamespace(
-        etas=sweep.etas,
-        base=fp.Scores(*(x[index] for x in sweep.base)),
-        change=fp.Scores(*(x[:, index] for x in sweep.change)),
-    )
-    return some, SimpleNamespace(response=rows.response[index], group=rows.group[index])
 
 
 # Jackknife and bootstrap
@@ -249,9 +239,6 @@ def test_kl_is_minus_the_mean_log_weight_normalised(size):
 
 
 def test_the_kl_is_the_enumerated_one():
-    import cases
-    from test_exact import exact_batch, setting
-
     params, v, prompts = setting()
     batch = exact_batch(params, prompts)
     sweep = fp.sweep(cases.toy_score, params, v, [0.3], batch)
