@@ -1,14 +1,16 @@
 """The change of entropy along a line by importance sampling, its derivatives, and their errors."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
 
-from .estimators import Per, Rows, Weights, base_sums, change_sums
-from .inputs import Scores, Swept, quantity, read
-from .results import Estimate, Series, polynomial
+from .estimators import Estimator, Per, Rows, Weights, base_sums
+from .inputs import Inputs, Scored, Swept, read
+from .results import Diagnostics, Estimate, Series, polynomial
 from .uncertainty import by_group
 from .weights import (
     effective_sample_size,
@@ -22,6 +24,9 @@ from .weights import (
 )
 
 _BLOCK = 2**19  # numbers of a sweep at a time: a few hundred MB with all that is made of them
+
+S = TypeVar("S", bound=Scored)
+Derivable = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def entropy_change(
@@ -95,59 +100,26 @@ def entropy_change(
     >>> print(entropy_change(sweep, rows))
     dH = +1.000e-01 +- 0.0e+00 nats/token at eta = 0.1, ESS 2/2
     """
-    seen = read(sweep.base, batch, weights=weights, per=per, behaviour=behaviour)
-    _check_options(weights, control, clip, smooth)
-    control = _narrow(control, sweep.base.logp)
-
-    def adjust(logw: Tensor) -> Tensor:
-        total = logw + seen.behaviour
-        total = pareto_smooth(total) if smooth else total.clamp(max=math.log(clip))
-        return total - seen.behaviour
-
-    values, psis, moved = [], [], []
-    some = max(_BLOCK // seen.ground.response.numel(), 1)
-    for part in torch.arange(len(sweep.etas)).split(some):
-        arrays = sweep.change.logp[part], getattr(sweep.change, seen.quantity)[part]
-        plain = change_sums(seen.ground, *arrays, weights, control=control)
-        sums = plain
-        if smooth or clip is not None:
-            sums = change_sums(seen.ground, *arrays, weights, adjust=adjust)
-        values.append(sums.value())
-        psis.append(by_group(sums.influence(), seen.group))
-        moved.append(values[-1] - plain.value())
-    value, psi, moved = (torch.cat(column).cpu() for column in (values, psis, moved))
-
-    base = base_sums(seen.ground)
-    shift = log_weights(sweep.change.logp, seen.ground.response)
-    shift = torch.zeros_like(shift) if weights == "none" else shift
-    logw = shift + seen.behaviour
-    top = math.inf if clip is None else math.log(clip)
+    estimator = Estimator(weights, per, behaviour, control)
+    _check_moderation(weights, clip, smooth)
+    inputs = read("entropy_change", sweep.base, batch, estimator, sweep)
+    changes = _changes(sweep, inputs, _adjustment(inputs.behaviour, clip, smooth))
+    base = base_sums(inputs.ground)
     return Estimate(
         etas=sweep.etas.cpu(),
-        base=(seen.ground.level + base.value()).cpu(),
-        value=value,
-        psi=psi,
-        base_psi=by_group(base.influence(), seen.group).cpu(),
-        ess=effective_sample_size(logw).cpu(),
-        khat=pareto_khat(logw.cpu()),
-        mean_weight=mean_weight(logw).cpu(),
-        weight_range=torch.stack([logw.amin(-1), logw.amax(-1)], -1).exp().cpu(),
-        rows=len(seen.group),
-        per=per,
-        quantity=seen.quantity,
-        weights=weights,
-        mean_weight_z=mean_weight_z(logw, seen.group).cpu(),
-        spread=logw.std(-1, correction=0).cpu(),
-        largest_share=largest_share(logw).cpu(),
-        kl=kl(shift, seen.behaviour).cpu(),
-        clipped=(logw > top).double().mean(-1).cpu(),
-        adjusted=moved,
-        off_policy=behaviour is not None,
+        base=(inputs.ground.level + base.value()).cpu(),
+        value=changes.value,
+        psi=changes.psi,
+        base_psi=by_group(base.influence(), inputs.group).cpu(),
+        diagnostics=_diagnostics(sweep, inputs, clip, changes.adjusted),
+        rows=len(inputs.group),
+        estimator=estimator,
+        quantity=inputs.quantity,
     )
 
 
 def entropy_series(
-    terms: tuple,
+    terms: Sequence[Scored],
     batch: Rows,
     *,
     weights: Weights = "sequence",
@@ -172,36 +144,33 @@ def entropy_series(
         ValueError: as `entropy_change`.
     """
     base, *derivatives = terms
-    seen = read(base, batch, weights=weights, per=per, behaviour=behaviour)
-    _check_options(weights, control)
-    control = _narrow(control, base.logp)
+    estimator = Estimator(weights, per, behaviour, control)
+    inputs = read("entropy_series", base, batch, estimator, terms)
     logp = torch.stack([d.logp.double() for d in derivatives])
-    x = torch.stack([getattr(d, seen.quantity).double() for d in derivatives])
+    x = torch.stack([getattr(d, inputs.quantity).double() for d in derivatives])
 
-    def at(t: Tensor):
-        arrays = polynomial(logp, t), polynomial(x, t)
-        sums = change_sums(seen.ground, *arrays, weights, control=control)
+    def at(t: Tensor) -> tuple[Tensor, Tensor]:
+        sums = inputs.sums(polynomial(logp, t), polynomial(x, t))
         return sums.value(), sums.influence()
 
     orders = _nested(at, len(derivatives), logp.new_zeros(()))
     return Series(
-        torch.stack([value for value, _ in orders]).cpu(),
-        torch.stack([by_group(psi, seen.group) for _, psi in orders]).cpu(),
-        per=per,
-        quantity=seen.quantity,
-        weights=weights,
+        value=torch.stack([value for value, _ in orders]).cpu(),
+        psi=torch.stack([by_group(psi, inputs.group) for _, psi in orders]).cpu(),
+        estimator=estimator,
+        quantity=inputs.quantity,
     )
 
 
 def entropy_covector(
-    scores: Scores,
+    scores: S,
     batch: Rows,
     *,
     weights: Weights = "sequence",
     per: Per = "token",
     behaviour: Tensor | None = None,
     control: Tensor | None = None,
-) -> Scores:
+) -> S:
     r"""The gradient of the estimate in the scores at eta = 0: ``slope = <covector, d scores>``.
 
     Per token with sequence weights ``1 / sum T`` for the entropy and ``(h_i - R T_i) / sum T`` for
@@ -216,41 +185,92 @@ def entropy_covector(
     Returns:
         The same type as `scores`, arrays [N, R] of its dtype, on its device; 0 off the response.
     """
-    seen = read(scores, batch, weights=weights, per=per, behaviour=behaviour)
-    _check_options(weights, control)
-    control = _narrow(control, scores.logp)
+    estimator = Estimator(weights, per, behaviour, control)
+    inputs = read("entropy_covector", scores, batch, estimator, scores)
 
-    def estimate(arrays):
-        return change_sums(seen.ground, *arrays, weights, control=control).value()
+    def estimate(changes: tuple[Tensor, Tensor]) -> Tensor:
+        return inputs.sums(*changes).value()
 
     zero = torch.zeros_like(scores.logp, dtype=torch.float64)
-    parts = dict(zip(("logp", quantity(scores)), grad(estimate)((zero, zero)), strict=True))
-    return type(scores)(**{name: part.to(scores.logp.dtype) for name, part in parts.items()})
+    slopes = (slope.to(scores.logp.dtype) for slope in grad(estimate)((zero, zero)))
+    made: Any = type(scores)
+    return made(**dict(zip(("logp", inputs.quantity), slopes, strict=True)))
 
 
-def _check_options(weights: str, control, clip: float | None = None, smooth: bool = False) -> None:
-    if control is not None and not weights.startswith("prefix"):
+def _check_moderation(weights: Weights, clip: float | None, smooth: bool) -> None:
+    """Refuses clipping and smoothing that do not go with the weights or with one another."""
+    if clip is None and not smooth:
+        return
+    if weights != "sequence":
         raise ValueError(
-            f"control: a control variate belongs to prefix weights, these are {weights!r}. "
-            "Use weights='prefix' or 'prefix_raw', or leave control= out."
-        )
-    if (clip is not None or smooth) and weights != "sequence":
-        raise ValueError(
-            f"clip and smooth act on sequence weights, these are {weights!r}. "
+            f"entropy_change: clip and smooth act on sequence weights, these are {weights!r}. "
             "Use weights='sequence', or leave them out."
         )
     if clip is not None and (smooth or not clip > 0):
         raise ValueError(
-            f"clip: a positive weight was expected, without smooth, not clip={clip}, "
-            f"smooth={smooth}. Choose one of the two."
+            f"entropy_change: a positive weight was expected as clip=, without smooth, not "
+            f"clip={clip}, smooth={smooth}. Choose one of the two."
         )
 
 
-def _narrow(control: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if control is None else control[:, : like.shape[-1]].to(like.device)
+def _adjustment(
+    behaviour: Tensor, clip: float | None, smooth: bool
+) -> Callable[[Tensor], Tensor] | None:
+    """What clipping or smoothing makes of log weights [..., N]; None if they stay as they are.
+
+    Both act on the product with the base weights, whose logarithm is `behaviour` [N].
+    """
+    if smooth:
+        return lambda logw: pareto_smooth(logw + behaviour) - behaviour
+    if clip is not None:
+        top = math.log(clip)
+        return lambda logw: (logw + behaviour).clamp(max=top) - behaviour
+    return None
 
 
-def _nested(fn, order: int, t: Tensor) -> list:
+class _Changes(NamedTuple):
+    """Changes of the estimate at each eta, on the CPU."""
+
+    value: Tensor  # [K]
+    psi: Tensor  # [K, G]
+    adjusted: Tensor  # [K] how far clipping or smoothing moved the value
+
+
+def _changes(sweep: Swept, inputs: Inputs, adjust: Callable[[Tensor], Tensor] | None) -> _Changes:
+    """The changes, a few etas at a time so that memory stays bounded."""
+    blocks = []
+    etas = max(_BLOCK // inputs.ground.response.numel(), 1)
+    for block in torch.arange(len(sweep.etas)).split(etas):
+        arrays = sweep.change.logp[block], getattr(sweep.change, inputs.quantity)[block]
+        plain = inputs.sums(*arrays)
+        sums = inputs.sums(*arrays, adjust=adjust) if adjust else plain
+        value, psi = sums.value(), by_group(sums.influence(), inputs.group)
+        blocks.append(_Changes(value, psi, value - plain.value()))
+    return _Changes(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
+
+
+def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Tensor) -> Diagnostics:
+    """What the sequence weights of all rows say, at each eta."""
+    shift = log_weights(sweep.change.logp, inputs.ground.response)
+    if inputs.estimator.weights == "none":
+        shift = torch.zeros_like(shift)
+    logw = shift + inputs.behaviour
+    top = math.inf if clip is None else math.log(clip)
+    return Diagnostics(
+        ess=effective_sample_size(logw).cpu(),
+        khat=pareto_khat(logw.cpu()),
+        mean_weight=mean_weight(logw).cpu(),
+        weight_range=torch.stack([logw.amin(-1), logw.amax(-1)], -1).exp().cpu(),
+        mean_weight_z=mean_weight_z(logw, inputs.group).cpu(),
+        spread=logw.std(-1, correction=0).cpu(),
+        largest_share=largest_share(logw).cpu(),
+        kl=kl(shift, inputs.behaviour).cpu(),
+        clipped=(logw > top).double().mean(-1).cpu(),
+        adjusted=adjusted,
+    )
+
+
+def _nested(fn: Derivable, order: int, t: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The derivatives of `fn` at t, orders 1..`order`, by nested jvp."""
     out = []
     for _ in range(order):
@@ -259,5 +279,5 @@ def _nested(fn, order: int, t: Tensor) -> list:
     return out
 
 
-def _derivative(fn):
+def _derivative(fn: Derivable) -> Derivable:
     return lambda t: jvp(fn, (t,), (torch.ones_like(t),))[1]

@@ -8,6 +8,7 @@ rows from another policy. Its derivative in m_i is the influence value
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -20,13 +21,105 @@ Per = Literal["token", "sequence"]
 Weights = Literal["sequence", "prefix", "prefix_raw", "none"]
 
 WEIGHTS = ("sequence", "prefix", "prefix_raw", "none")
+UNITS = ("token", "sequence")
 
 
 class Rows(Protocol):
     """What the estimators read of a batch."""
 
-    response: Tensor
-    group: Tensor
+    @property
+    def response(self) -> Tensor:
+        """[N, R] bool, the tokens that count."""
+        ...
+
+    @property
+    def group(self) -> Tensor:
+        """[N] int64, the prompt of each row."""
+        ...
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Estimator:
+    """Which estimator a result came from; two results are combined only if theirs are the same.
+
+    The arguments are those of `entropy_change`, which explains them.
+
+    Args:
+        weights: the importance weights, by name.
+        per: the unit, "token" or "sequence".
+        behaviour: [N, R] nats, log-probabilities under the policy that sampled the rows; None if
+            that is the scored policy.
+        control: [N, R] nats, the control variate of prefix weights; None without one.
+
+    Raises:
+        ValueError: an unknown name, or a control variate without prefix weights.
+
+    >>> Estimator("prefix").differences(Estimator(per="sequence"))
+    {'weights': "'prefix' and 'sequence'", 'per': "'token' and 'sequence'"}
+    """
+
+    weights: Weights = "sequence"
+    per: Per = "token"
+    behaviour: Tensor | None = None
+    control: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not {self.weights!r}.")
+        if self.per not in UNITS:
+            raise ValueError(f"per must be 'token' or 'sequence', not {self.per!r}.")
+        if self.control is not None and not self.weights.startswith("prefix"):
+            raise ValueError(
+                f"control: a control variate belongs to prefix weights, these are "
+                f"{self.weights!r}. Use weights='prefix' or 'prefix_raw', or leave control= out."
+            )
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether the rows are weighted because another policy sampled them."""
+        return self.behaviour is not None
+
+    def differences(self, other: "Estimator") -> dict[str, str]:
+        """In what two estimators differ: each setting's name, and how the two have it.
+
+        Tensors are compared by value, nan equal to nan, over the positions that both have: an
+        estimator reads those of the responses alone, and checks that it has them all.
+        """
+        differing = {}
+        for name in ("weights", "per"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                differing[name] = f"{mine!r} and {theirs!r}"
+        for name in ("behaviour", "control"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if not _same(mine, theirs):
+                both = mine is not None and theirs is not None
+                differing[name] = "other numbers" if both else "given for one of them only"
+        return differing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Estimator) and not self.differences(other)
+
+    def __hash__(self) -> int:
+        return hash((self.weights, self.per))
+
+    def __repr__(self) -> str:
+        text = f"Estimator(weights={self.weights!r}, per={self.per!r}"
+        for name in ("behaviour", "control"):
+            if getattr(self, name) is not None:
+                text += f", {name}=<{list(getattr(self, name).shape)}>"
+        return text + ")"
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two tensors [N, R] hold the same numbers where both have a position."""
+    if a is b:
+        return True
+    if a is None or b is None or len(a) != len(b):
+        return False
+    width = min(a.shape[-1], b.shape[-1])
+    a, b = (x[..., :width].detach().cpu().double() for x in (a, b))
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
 class Sums(NamedTuple):
@@ -54,13 +147,11 @@ class Ground(NamedTuple):
     size: Tensor  # [N] response length, or 1 per sequence
     level: Tensor  # [] its ratio of sums; subtracting it changes no change, and nothing cancels
     weight: Tensor  # [N] base weights over the largest, 1 on policy
-    per: str
+    per: Per
 
 
 def ground(x: Tensor, response: Tensor, per: Per, behaviour: Tensor | None = None) -> Ground:
     """The rows at the base policy, from x [N, R] and log base weights [N]."""
-    if per not in ("token", "sequence"):
-        raise ValueError(f"per must be 'token' or 'sequence', not {per!r}.")
     x = torch.where(response, x.double(), 0.0)
     size = response.sum(-1).double() if per == "token" else torch.ones_like(x[:, 0])
     weight = torch.ones_like(size) if behaviour is None else (behaviour - behaviour.max()).exp()
@@ -98,12 +189,6 @@ def change_sums(
         return _by_prefix(g, logp, dx, weights == "prefix", control)
     logw = torch.zeros_like(logp[..., 0]) if weights == "none" else log_weights(logp, g.response)
     return _by_sequence(g, adjust(logw) if adjust else logw, dx.sum(-1))
-
-
-def check_weights(weights: str) -> None:
-    """Refuses unknown weights by name."""
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, not {weights!r}.")
 
 
 def _by_sequence(g: Ground, logw: Tensor, dx: Tensor) -> Sums:

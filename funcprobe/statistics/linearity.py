@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .results import Estimate, Series
+from .results import Estimate, Series, check_same_estimator
 from .uncertainty import band, standard_error, t_quantile
 from .weights import khat_limit
 
@@ -36,7 +36,7 @@ def ratio(change: Estimate, series: Series) -> Ratio:
     Raises:
         ValueError: the two are not of one estimator on the same prompts.
     """
-    _check(change, series)
+    check_same_estimator("ratio", change, series)
     eta = torch.where(change.etas == 0, torch.nan, change.etas)
     slope = series.value[0]
     line = eta * slope
@@ -210,20 +210,3 @@ def _excluded(
             reason = f"k-hat above {limit:.2f}"
         reasons.append(reason)
     return tuple(reasons)
-
-
-def _check(change: Estimate, series: Series) -> None:
-    for name in ("per", "quantity", "weights"):
-        a, b = getattr(change, name), getattr(series, name)
-        if a != b:
-            raise ValueError(
-                f"ratio: a change and a series of one estimator were expected, their {name} are "
-                f"{a!r} and {b!r}. Pass the same {name}= to entropy_change and entropy_series."
-                if name != "quantity"
-                else f"ratio: the change is of the {a}, the series of the {b}. Use one scorer."
-            )
-    if change.psi.shape[-1] != series.psi.shape[-1]:
-        raise ValueError(
-            f"ratio: the same prompts were expected, the change has {change.psi.shape[-1]} and the "
-            f"series {series.psi.shape[-1]}. Evaluate both on one batch."
-        )

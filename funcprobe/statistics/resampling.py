@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .estimators import Per, Rows, Sums, Weights, change_sums
+from .estimators import Estimator, Per, Rows, Sums, Weights
 from .inputs import Swept, read
 from .uncertainty import ONE_PROMPT, by_group, standard_error
 
@@ -73,7 +73,7 @@ def jackknife(
         sweep, batch, weights, per, behaviour: as for `entropy_change`.
     """
     etas, values, biases, errors = sweep.etas.cpu(), [], [], []
-    for sums in _by_prompt(sweep, batch, weights, per, behaviour):
+    for sums in _by_prompt("jackknife", sweep, batch, Estimator(weights, per, behaviour)):
         total = sums.terms.sum(0)
         value, g = sums.combine(total), len(sums.terms)
         without = sums.combine(total - sums.terms)
@@ -121,7 +121,7 @@ def bootstrap(
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     times, g = None, 0
     values, spread, ends, all_draws = [], [], [], []
-    for sums in _by_prompt(sweep, batch, weights, per, behaviour):
+    for sums in _by_prompt("bootstrap", sweep, batch, Estimator(weights, per, behaviour)):
         if times is None:
             g = len(sums.terms)
             times = _multiplicities(draws, g, seed, bayesian).to(sums.terms)
@@ -147,13 +147,12 @@ def bootstrap(
     return Bootstrap(sweep.etas.cpu(), *stacked, torch.stack(all_draws, -1).cpu(), level, note)
 
 
-def _by_prompt(sweep, batch, weights, per, behaviour) -> Iterator[Sums]:
+def _by_prompt(function: str, sweep: Swept, batch: Rows, estimator: Estimator) -> Iterator[Sums]:
     """The change at each eta as sums over prompts, terms [G, F]."""
-    seen = read(sweep.base, batch, weights=weights, per=per, behaviour=behaviour)
+    inputs = read(function, sweep.base, batch, estimator, sweep)
     for k in range(len(sweep.etas)):
-        dx = getattr(sweep.change, seen.quantity)[k]
-        sums = change_sums(seen.ground, sweep.change.logp[k], dx, weights)
-        yield sums._replace(terms=by_group(sums.terms.mT, seen.group).mT)
+        sums = inputs.sums(sweep.change.logp[k], getattr(sweep.change, inputs.quantity)[k])
+        yield sums._replace(terms=by_group(sums.terms.mT, inputs.group).mT)
 
 
 def _influences(sums: Sums, at: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .change import Scores, entropy_covector
+from .change import entropy_covector
+from .inputs import Scored
 from .results import Series
 
 SHARE = 0.1  # a change means nothing where its rounding error exceeds this part of it
@@ -37,8 +38,8 @@ class Rounding(NamedTuple):
 
 
 def rounding(
-    scores: Scores,
-    off: Scores,
+    scores: Scored,
+    off: Scored,
     index: Tensor,
     batch,
     series: Series,

@@ -107,8 +107,8 @@ class Report:
     def save(self, folder) -> list[Path]:
         """Writes report.json, report.safetensors and, with matplotlib, report.png into `folder`."""
         folder = Path(folder)
-        tensors = {f"change.{n}": x for n, x in _tensors(self.change)}
-        tensors |= {f"series.{n}": x for n, x in _tensors(self.series)}
+        tensors = {f"change.{n}": x for n, x in self.change.tensors().items()}
+        tensors |= {f"series.{n}": x for n, x in self.series.tensors().items()}
         tensors |= self.arrays
         written = [folder / "report.safetensors", folder / "report.json"]
         write_atomically(
@@ -294,10 +294,6 @@ def _measured(ax, x: Tensor, y: Tensor, error: Tensor) -> None:
 
 def _name(series: Series) -> str:
     return "predicted" if len(series.value) == 1 else f"predicted, order {len(series.value)}"
-
-
-def _tensors(estimate: Estimate | Series):
-    return [(n, x) for n, x in estimate._asdict().items() if isinstance(x, Tensor)]
 
 
 def _short(value: float | None) -> str:
