@@ -10,6 +10,7 @@ from arrays import N, arrays, swept
 import funcprobe as fp
 from funcprobe.statistics.flags import doubts
 from funcprobe.statistics.linearity import _reach
+from funcprobe.statistics.results import Diagnostics
 
 
 def law(etas, curve, *, noise=1e-3, shared=0.2, prompts=40, khat=0.3, rows=400, seed=0):
@@ -21,14 +22,14 @@ def law(etas, curve, *, noise=1e-3, shared=0.2, prompts=40, khat=0.3, rows=400, 
     k = len(etas)
     value = etas * (1 + torch.tensor([curve(float(e)) for e in etas], dtype=torch.float64))
     psi = etas[:, None] * (shared * common + noise * etas.abs()[:, None] * own * prompts**0.5)
-    change = fp.Estimate(
-        etas=etas, base=torch.tensor(1.0).double(), value=value, psi=psi, base_psi=common,
+    diagnostics = Diagnostics(
         ess=torch.full((k,), float(rows)), khat=torch.as_tensor(khat).expand(k).double(),
-        mean_weight=torch.ones(k), weight_range=torch.ones(k, 2), rows=rows, per="token",
-        quantity="entropy", weights="sequence", mean_weight_z=torch.zeros(k),
+        mean_weight=torch.ones(k), weight_range=torch.ones(k, 2), mean_weight_z=torch.zeros(k),
         spread=torch.full((k,), 0.1), largest_share=torch.ones(k) / rows, kl=torch.zeros(k),
-        clipped=torch.zeros(k), adjusted=torch.zeros(k), off_policy=False,
+        clipped=torch.zeros(k), adjusted=torch.zeros(k),
     )  # fmt: skip
+    base = torch.tensor(1.0).double()
+    change = fp.Estimate(etas, base, value, psi, common, diagnostics, rows)
     series = fp.Series(torch.ones(1).double(), shared * common[None])
     return change, series
 
@@ -148,8 +149,9 @@ def test_units_and_batches_are_not_mixed():
     terms, rows = arrays()
     change = fp.entropy_change(swept(terms, [0.5]), rows)
     for options, complaint in (
-        (dict(per="sequence"), "their per are 'token' and 'sequence'"),
-        (dict(weights="prefix"), "their weights are 'sequence' and 'prefix'"),
+        (dict(per="sequence"), r"differ in per \('token' and 'sequence'\). Pass the same per= to"),
+        (dict(weights="prefix"), r"differ in weights \('sequence' and 'prefix'\)"),
+        (dict(behaviour=terms[0].logp), r"differ in behaviour \(given for one of them only\)"),
     ):
         series = fp.entropy_series(terms, rows, **options)
         with pytest.raises(ValueError, match=complaint):
@@ -164,6 +166,30 @@ def test_units_and_batches_are_not_mixed():
         fp.ratio(change, fp.entropy_series(terms, alone))
     with pytest.raises(ValueError, match="positive tolerance and a level"):
         fp.linearity(change, series, tolerance=0.0)
+
+
+def test_a_change_and_a_series_are_of_one_behaviour_and_one_control():
+    terms, rows = arrays()
+    sweep, old = swept(terms, [0.5]), terms[0].logp - 0.1
+    control = torch.ones_like(old)
+
+    def ratio(first, second):
+        change = fp.entropy_change(sweep, rows, **first)
+        return fp.ratio(change, fp.entropy_series(terms, rows, **second))
+
+    with pytest.raises(ValueError, match=r"behaviour \(given for one of them only\)"):
+        ratio(dict(behaviour=old), dict())
+    with pytest.raises(ValueError, match=r"differ in behaviour \(other numbers\)"):
+        ratio(dict(behaviour=old), dict(behaviour=old - 0.1))
+    with pytest.raises(ValueError, match=r"differ in control \(given for one of them only\)"):
+        ratio(dict(weights="prefix", control=control), dict(weights="prefix"))
+    with pytest.raises(ValueError, match=r"weights .* behaviour .* same weights= and behaviour="):
+        ratio(dict(weights="prefix", behaviour=old), dict())
+    # Equal numbers are one behaviour, in a wider tensor and with nan off the responses too.
+    old = torch.where(rows.response, old, torch.nan)
+    wider = torch.nn.functional.pad(old, (0, 2), value=7.0)
+    same = ratio(dict(behaviour=old), dict(behaviour=wider))
+    assert torch.equal(same.value, ratio(dict(behaviour=old), dict(behaviour=old.clone())).value)
 
 
 # Orders
@@ -218,8 +244,10 @@ def test_the_curvature_takes_over_where_its_share_is_the_slopes():
 
 def test_rows_of_another_policy_are_found_by_their_mean_weight():
     change, _ = law([0.5, 1.0], lambda e: 0.0)
-    off = change._replace(mean_weight_z=torch.tensor([6.0, 50.0]))
+    diagnostics = change.diagnostics._replace(mean_weight_z=torch.tensor([6.0, 50.0]))
+    off = change._replace(diagnostics=diagnostics)
     assert any("z = +50.0): E was not sampled" in doubt for doubt in doubts(off))
-    wide = off._replace(spread=torch.tensor([2.0, 2.0]))
+    diagnostics = diagnostics._replace(spread=torch.tensor([2.0, 2.0]))
+    wide = change._replace(diagnostics=diagnostics)
     assert not any("mean weight" in doubt for doubt in doubts(wide))
     assert doubts(change) == []

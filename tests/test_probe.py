@@ -269,7 +269,8 @@ def test_the_report_states_how_far_the_line_holds(report):
 def test_what_is_left_out_is_hatched_and_the_band_drawn(report):
     import matplotlib.figure
 
-    change = report.change._replace(khat=torch.tensor([math.nan, 0.1, 0.1, 0.1, 0.1, 0.9]))
+    khat = torch.tensor([math.nan, 0.1, 0.1, 0.1, 0.1, 0.9])
+    change = report.change._replace(diagnostics=report.change.diagnostics._replace(khat=khat))
     law = fp.linearity(change, report.series)
     assert law.excluded[5].startswith("k-hat above")
     left, right = matplotlib.figure.Figure().subplots(1, 2)

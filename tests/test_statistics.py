@@ -1,6 +1,7 @@
 """Estimates against hand formulas in loops: the change, its errors, and what the weights say."""
 
 import math
+from types import SimpleNamespace
 
 import cases
 import pytest
@@ -8,6 +9,8 @@ import reference
 import torch
 
 import funcprobe as fp
+from funcprobe.statistics.estimators import Estimator
+from funcprobe.statistics.results import Diagnostics
 from funcprobe.statistics.uncertainty import by_group, standard_error
 from funcprobe.statistics.weights import (
     effective_sample_size,
@@ -100,7 +103,7 @@ def test_float32_scores_are_summed_in_float64(per):
         change=fp.Scores(*(x.double() for x in low.change)),
     )
     ours, own = (fp.entropy_change(s, batch, per=per) for s in (low, high))
-    for a, b in zip(ours[1:9], own[1:9], strict=True):
+    for a, b in zip(ours.tensors().values(), own.tensors().values(), strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     terms = (low.base, fp.Scores(*(x[1] for x in low.change)))
@@ -132,6 +135,37 @@ def test_scores_of_another_batch_are_refused():
         fp.entropy_change(swept(batch), batch.rows(slice(0, 10)))
 
 
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_rows_of_another_batch_are_refused_by_their_hashes(per):
+    """Two batches of one shape: where the sweep and the batch can tell rows apart, they must."""
+
+    def identified(batch, hashes):
+        own = SimpleNamespace(response=batch.response, group=batch.group)
+        own.row_hashes = lambda: torch.tensor(hashes)
+        return own
+
+    batch = rows(n=4, prompts=2, empty=False)
+    sweep = SimpleNamespace(**swept(batch)._asdict())
+    terms = [sweep.base, fp.Scores(*(x[1] for x in sweep.change))]
+    free = fp.entropy_change(sweep, identified(batch, [1, 2, 3, 4]), per=per)
+    sweep.row_hashes = torch.tensor([1, 2, 3, 4])
+    unidentified = SimpleNamespace(response=batch.response, group=batch.group)
+    assert torch.equal(fp.entropy_change(sweep, unidentified, per=per).value, free.value)
+    same = fp.entropy_change(sweep, identified(batch, [1, 2, 3, 4]), per=per)
+    assert torch.equal(same.value, free.value)
+    other = identified(batch, [1, 7, 3, 8])
+    complaint = r"rows were expected to be those that were scored, 2 of 4 differ, first \[1, 3\]"
+    for function in (fp.entropy_change, fp.jackknife, fp.bootstrap, fp.compare):
+        with pytest.raises(ValueError, match=complaint):
+            function(sweep, other, per=per)
+    series = fp.entropy_series(terms, other, per=per)
+    tagged = type("Tagged", (tuple,), {"row_hashes": sweep.row_hashes})(terms)
+    with pytest.raises(ValueError, match=f"entropy_series: the batch's {complaint}"):
+        fp.entropy_series(tagged, other, per=per)
+    good = fp.entropy_series(tagged, identified(batch, [1, 2, 3, 4]), per=per)
+    assert torch.equal(good.value, series.value)
+
+
 # Invariances
 
 
@@ -146,7 +180,7 @@ def test_the_order_of_rows_changes_nothing(per):
     )
     a = fp.entropy_change(sweep, batch, per=per)
     b = fp.entropy_change(other, batch.rows(order), per=per)
-    for x, y in zip(a[1:9], b[1:9], strict=True):
+    for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13, equal_nan=True)
 
 
@@ -266,6 +300,35 @@ def test_an_estimate_prints_itself():
     assert "no standard error" not in text
     series = fp.entropy_series((swept(batch).base, swept(batch).base), batch)
     assert str(series).startswith("d^1H/d eta^1 = ")
+
+
+def test_old_names_read_what_is_nested():
+    batch = rows()
+    old = swept(batch).base.logp
+    got = fp.entropy_change(swept(batch), batch, per="sequence", behaviour=old)
+    for name in Diagnostics._fields:
+        assert getattr(got, name) is getattr(got.diagnostics, name)
+    assert (got.weights, got.per, got.off_policy) == ("sequence", "sequence", True)
+    assert got.estimator.behaviour is old and got.quantity == "entropy"
+    names = (
+        "etas base value psi base_psi ess khat mean_weight weight_range mean_weight_z spread "
+        "largest_share kl clipped adjusted"
+    )
+    assert list(got.tensors()) == names.split()
+    again = fp.Estimate.from_tensors(got.tensors(), rows=got.rows, estimator=got.estimator)
+    for name, tensor in got.tensors().items():
+        assert getattr(again, name) is tensor
+    assert str(again) == str(got)
+
+
+def test_estimators_are_equal_by_what_they_read():
+    old = torch.tensor([[0.0, math.nan]])
+    one, same = Estimator("prefix", behaviour=old), Estimator("prefix", behaviour=old.clone())
+    assert one == same and hash(one) == hash(same) and not one.differences(same)
+    for other in (Estimator(), Estimator("prefix"), Estimator("prefix", behaviour=old + 1.0)):
+        assert one != other
+    assert one != Estimator("prefix", behaviour=old.repeat(2, 1)) and one != "prefix"
+    assert repr(one) == "Estimator(weights='prefix', per='token', behaviour=<[1, 2]>)"
 
 
 # What the weights say
