@@ -5,13 +5,14 @@ from pathlib import Path
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Writes a file whole or not at all, making its folder first if there is none.
+    """Writes a file whole or not at all, making its folder first if it does not exist.
 
-    The data goes to a partial file beside it, which carries the process's id so that two runs do
-    not meet in it, reaches the disk, and then takes the file's name.
+    The data goes to a partial file in the same folder. That file's name holds the process's id, so
+    that two runs do not write to the same one. Once the data is on the disk, the partial file takes
+    the final name.
 
     Args:
-        path: the file; one that exists is replaced.
+        path: the file to write. An existing one is replaced.
         data: its content.
     """
     path = Path(path)

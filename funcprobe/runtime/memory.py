@@ -1,4 +1,4 @@
-"""How many positions a block may hold, from what memory a device has free."""
+"""How many positions a block may hold, given the memory that a device has free."""
 
 from typing import Any, NamedTuple
 
@@ -7,19 +7,19 @@ import torch
 from ..calculus.blocks import REVERSE, block_size
 from ..calculus.tree import Params
 
-_SHARE = 0.5  # of the free memory that a block may take: the estimate is no better than that
+_SHARE = 0.5  # of the free memory, since the estimate of what a position takes is a rough one
 
 
 class Room(NamedTuple):
-    """Positions of a block, rows times length times lanes, at most."""
+    """How many positions a block may hold at most: rows times length times lanes."""
 
-    forward: int  # values, increments, derivatives
-    reverse: int  # gradients, which keep what every layer computed
-    free: int | None  # bytes free when it was measured; None where the default is taken
+    forward: int  # for values, increments and derivatives
+    reverse: int  # for gradients, which keep the intermediate results of every layer
+    free: int | None  # bytes that were free at the time; None where the default is taken
 
 
-def room(config, params: Params, length: int) -> Room:
-    """The defaults on a CPU; on a CUDA device what `positions` estimates from its free memory."""
+def room(config: Any, params: Params, length: int) -> Room:
+    """The defaults on a CPU; on a CUDA device, what `positions` estimates from its free memory."""
     one = next(iter(params.values()))
     device, itemsize = one.device, one.dtype.itemsize
     if device.type != "cuda":
@@ -28,24 +28,25 @@ def room(config, params: Params, length: int) -> Room:
     return positions(config, free, itemsize, length, most=block_size(device))
 
 
-def positions(config, free: int, itemsize: int, length: int, *, most: int) -> Room:
+def positions(config: Any, free: int, itemsize: int, length: int, *, most: int) -> Room:
     r"""An estimate from the model's sizes, rounded down to a power of two so that it repeats.
 
-    With D the hidden size, F the feed-forward's, A heads, L layers and T positions of a row, a
-    position takes about
+    Let D be the hidden size, F the feed-forward size, A the number of heads, Y the number of
+    layers, L the positions of a row and b the bytes of a number. A position takes about
 
-    .. math:: 3 b (8 D + 4 F + 2 A T) \ \text{forward}, \qquad
-              2 b L (8 D + 4 F + 2 A T) \ \text{in reverse}
+    .. math:: 3 b (8 D + 4 F + 2 A L) \ \text{forward}, \qquad
+              2 b Y (8 D + 4 F + 2 A L) \ \text{in reverse}
 
-    bytes, b a number's: increments and derivatives carry three of each, a gradient keeps every
-    layer's and as much again while it goes back. The head works in slices of its own size.
+    bytes. Increments and derivatives carry three of each number. A gradient keeps every layer's
+    numbers, and needs as much again on the way back. The head is not counted, since it works in
+    slices of bounded size.
 
     Args:
         config: the model's, as transformers has it.
-        free: bytes, of which half is taken.
+        free: bytes, of which half is used.
         itemsize: bytes of a number.
         length: positions of the longest row.
-        most: positions that keep the device busy; more would gain nothing.
+        most: a number of positions that keeps the device busy; more would not be faster.
 
     >>> from types import SimpleNamespace as Config
     >>> small = Config(hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -62,10 +63,11 @@ def positions(config, free: int, itemsize: int, length: int, *, most: int) -> Ro
     return Room(_power(min(forward, most)), _power(min(reverse, most)), free)
 
 
-def _size(config, name: str, default: int) -> Any:
+def _size(config: Any, name: str, default: int) -> int:
     value = getattr(config, name, None)
     return value if isinstance(value, int) else default
 
 
 def _power(count: int) -> int:
+    """The largest power of two that is at most `count`, and at least 1."""
     return 1 << (max(count, 1).bit_length() - 1)

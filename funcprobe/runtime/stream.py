@@ -1,9 +1,9 @@
-"""A function over the blocks of a batch: shared out, resumed, on a device, with a bar."""
+"""Runs a function over the blocks of a batch: distributed, resumable, with progress."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from tqdm.auto import tqdm
 
 from ..calculus.tree import Params, tree_map
 from ..language.batch import Batch, by_length
-from .distributed import rank, sharded, share, world
+from .distributed import Group, rank, sharded, share, world
 from .memory import Room
 from .resume import read, resumable, surroundings, write
 from .serialize import fingerprint
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -23,72 +25,109 @@ class Stream:
 
     device: torch.device
     room: Room  # what a block may hold
-    key: str  # the fingerprint of what every result depends on
-    folder: Path | None = None  # of finished blocks
-    group: Any = None  # of torch.distributed
+    key: str  # the fingerprint of everything that all results depend on
+    folder: Path | None = None  # of finished blocks; None stores nothing
+    group: Group = None  # of torch.distributed
     progress: bool = False
 
     def cut(
         self, batch: Batch, lanes: int = 1, *, reverse: bool = False
     ) -> tuple[list[Batch], Tensor]:
-        """Blocks that hold what there is room for, all lanes counted, and their rows' order."""
+        """The batch in blocks that fit into the room, and the original row [N] of each of theirs.
+
+        Args:
+            batch: on the CPU.
+            lanes: parameter points that are computed at once, all of which count.
+            reverse: the blocks are for gradients.
+        """
         positions = self.room.reverse if reverse else self.room.forward
         return by_length(batch, tokens=max(positions // lanes, 1))
 
-    def each(
-        self, name: str, fn: Callable, blocks: list[Batch], *given, to: int | None = None
-    ) -> list:
-        """``[fn(block), ...]`` on the CPU; `given` is what `fn` depends on besides `key`.
+    def map(
+        self,
+        name: str,
+        fn: Callable[[Batch], Result],
+        blocks: list[Batch],
+        *inputs: Any,
+        to: int | None = None,
+    ) -> list[Result]:
+        """``[fn(block), ...]``, on the CPU.
 
-        With `to`, only that rank gets them.
+        Args:
+            name: of the computation, for its bar and its stored blocks.
+            fn: ``block -> tree`` of tensors.
+            blocks: from `cut`.
+            inputs: what `fn` depends on besides `key`.
+            to: the only rank that gets the results; None gives them to every rank.
         """
 
-        def on_device(block: Batch):
+        def on_device(block: Batch) -> Result:
             return tree_map(_cpu, fn(block.to(self.device)))
 
-        stored = resumable(on_device, self.folder, self._key(name, given))
+        stored = resumable(on_device, self.folder, self._key(name, inputs))
         results = sharded(stored, blocks, self.group, to=to)
         return list(self._bar(results, name, len(blocks)))
 
-    def total(self, name: str, fn: Callable, blocks: list[Batch], *given) -> Params:
-        """``sum(fn(block))`` on every rank: in float64 and in the blocks' order.
+    def total(
+        self, name: str, fn: Callable[[Batch], Params], blocks: list[Batch], *inputs: Any
+    ) -> Params:
+        """``sum(fn(block))`` on every rank, in float64 and in the blocks' order.
 
-        Both make it the same bits on any number of ranks. What is stored is the sum so far, so
-        that one file is enough for whatever number of blocks.
+        Both make it the same bits on any number of ranks. What is stored is the sum so far, so one
+        file is enough however many blocks there are.
         """
-        names = [fingerprint(self._key(name, given), surroundings())]
+        names = self._names_of_sums(name, blocks, inputs)
+        keeper = self.folder if rank(self.group) == 0 else None
+        done, total = share(_resume_point(keeper, names), self.group)
+        parts = sharded(lambda block: fn(block.to(self.device)), blocks[done:], self.group)
+        ranks, unstored = world(self.group), 0
+        for part in self._bar(parts, name, len(blocks), done):
+            total, done, unstored = _accumulate(total, part), done + 1, unstored + 1
+            if keeper is not None and (unstored == ranks or done == len(blocks)):
+                _store_sum(keeper, names, done, total)
+                unstored = 0
+        return total
+
+    def _names_of_sums(self, name: str, blocks: list[Batch], inputs: tuple[Any, ...]) -> list[str]:
+        """The names under which the sums of the first 0, 1, ... blocks are stored."""
+        names = [fingerprint(self._key(name, inputs), surroundings())]
         for block in blocks:
             names.append(fingerprint(names[-1], block))
-        first, n = rank(self.group) == 0, world(self.group)
-        stored = self.folder is not None and first
-        done, so_far = share(self._latest(names) if stored else (0, {}), self.group)
-        results = sharded(lambda block: fn(block.to(self.device)), blocks[done:], self.group)
-        results = self._bar(results, name, len(blocks), done)
-        for i, part in enumerate(results, done + 1):
-            so_far = {
-                key: so_far[key].to(g.device) + g if so_far else g.double().contiguous()
-                for key, g in part.items()
-            }
-            if stored and ((i - done) % n == 0 or i == len(blocks)):
-                write(self.folder, names[i], so_far)
-                for old in names[1:i]:
-                    (self.folder / f"{old}.safetensors").unlink(missing_ok=True)
-        return so_far
+        return names
 
-    def _latest(self, names: list[str]) -> tuple[int, Params]:
-        for i in range(len(names) - 1, 0, -1):
-            found = read(self.folder, names[i])
-            if found is not None:
-                return i, found
-        return 0, {}
+    def _key(self, name: str, inputs: tuple[Any, ...]) -> str:
+        return fingerprint(self.key, name, *inputs)
 
-    def _key(self, name: str, given: tuple) -> str:
-        return fingerprint(self.key, name, *given)
-
-    def _bar(self, results: Iterator, name: str, total: int, done: int = 0) -> Iterator:
+    def _bar(
+        self, results: Iterator[Result], name: str, total: int, done: int = 0
+    ) -> Iterator[Result]:
         quiet = not self.progress or rank(self.group) > 0
-        return tqdm(results, name, total=total, initial=done, disable=quiet)
+        return iter(tqdm(results, name, total=total, initial=done, disable=quiet))
 
 
-def _cpu(leaf):
+def _resume_point(folder: Path | None, names: list[str]) -> tuple[int, Params]:
+    """How many blocks the latest stored sum holds, and that sum; 0 and nothing if there is none."""
+    if folder is not None:
+        for done in range(len(names) - 1, 0, -1):
+            total = read(folder, names[done])
+            if total is not None:
+                return done, total
+    return 0, {}
+
+
+def _accumulate(total: Params, part: Params) -> Params:
+    """``total + part`` in float64, on the device of `part`; an empty total is zero."""
+    if not total:
+        return {name: g.double().contiguous() for name, g in part.items()}
+    return {name: total[name].to(g.device) + g for name, g in part.items()}
+
+
+def _store_sum(folder: Path, names: list[str], done: int, total: Params) -> None:
+    """Stores the sum of `done` blocks, then removes those of fewer."""
+    write(folder, names[done], total)
+    for name in names[1:done]:
+        (folder / f"{name}.safetensors").unlink(missing_ok=True)
+
+
+def _cpu(leaf: Any) -> Any:
     return leaf.cpu() if isinstance(leaf, Tensor) else leaf

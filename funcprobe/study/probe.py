@@ -116,7 +116,7 @@ def probe(
     unknown = update.old_logp.isnan()
     if (unknown & update.response).any():
         blocks, order = stream.cut(update)
-        scores = stream.each(
+        scores = stream.map(
             "log-probabilities of U", lambda b: evaluate(score, params, b, rows=_all(b)), blocks
         )
         here = merge(scores, order).logp.double()
@@ -141,7 +141,7 @@ def probe(
     lanes = max(min(lanes, points), 1)
     same = {"change": change, "nodes": nodes, "tol": tol, "matmul": matmul, "lanes": lanes}
     blocks, order = stream.cut(evaluation, lanes)
-    swept = stream.each(
+    swept = stream.map(
         "sweep over E",
         lambda b: sweep(score, params, v, etas, b, rows=_all(b), **same),
         blocks,
@@ -151,7 +151,7 @@ def probe(
     swept = join(swept, order) if swept else None
     clock("sweep")
     blocks, order = stream.cut(evaluation)
-    terms = stream.each(
+    terms = stream.map(
         "slope on E", lambda b: taylor(score, params, v, b, rows=_all(b)), blocks, v, to=0
     )
     clock("slope")

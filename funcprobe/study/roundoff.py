@@ -52,7 +52,7 @@ def recompute(
     def changes(block: Batch) -> Sweep:
         return sweep(score, near, v, etas[k : k + 1], block, change="increment", lanes=1)
 
-    swept = stream.each("rounding", changes, blocks, v, etas[k], to=0)
+    swept = stream.map("rounding", changes, blocks, v, etas[k], to=0)
     return Recomputed(k, index, join(swept, order).change if swept else None)
 
 
