@@ -11,6 +11,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe import cli
+from funcprobe.runtime import resume
 from funcprobe.runtime.distributed import agree, share
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -114,13 +115,13 @@ def test_a_rank_that_dies_ends_the_job_at_once_and_one_process_goes_on(
     output = tmp_path / "probe"
     kept = {path.name for path in (output / "blocks").iterdir()}
     assert len(kept) >= 6
-    written, write = [], fp.resume.write
+    written, write = [], resume.write
 
     def watched(folder, name, tree):
         written.append(f"{name}.safetensors")
         return write(folder, name, tree)
 
-    monkeypatch.setattr(fp.resume, "write", watched)
+    monkeypatch.setattr(resume, "write", watched)
     assert cli.main([*words, "--output", str(output)]) == 0
     assert written and not set(written) & kept
     assert numbers(output) == alone

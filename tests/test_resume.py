@@ -16,6 +16,7 @@ from cases import case
 
 import funcprobe as fp
 from funcprobe import cli
+from funcprobe.calculus.tree import Terms
 from funcprobe.runtime import resume
 from funcprobe.runtime.serialize import decode, encode
 
@@ -132,6 +133,8 @@ def test_every_bit_of_a_tree_survives():
         "none": torch.zeros(0, 3, dtype=torch.int8),
         "flag": torch.tensor(True),
         "scores": fp.Scores(torch.ones(1), torch.zeros(2)),
+        "terms": Terms([{"a": torch.ones(2)}, {"a": whole[1]}], torch.arange(2)),
+        "unidentified": Terms([torch.ones(2)]),
     }
     back, about = decode(encode(tree, note="yes"))
     assert about == {"note": "yes"} and list(back) == list(tree)
@@ -142,6 +145,10 @@ def test_every_bit_of_a_tree_survives():
     assert back["none"].shape == (0, 3) and back["none"].dtype == torch.int8
     assert back["flag"].shape == () and bool(back["flag"])
     assert type(back["scores"]) is fp.Scores
+    assert type(back["terms"]) is type(back["unidentified"]) is Terms
+    assert torch.equal(back["terms"].row_hashes, torch.arange(2)) and len(back["terms"]) == 2
+    assert torch.equal(back["terms"][1]["a"], whole[1])
+    assert back["unidentified"].row_hashes is None and len(back["unidentified"]) == 1
     for wrong in ({1: torch.ones(1)}, {"a": object()}, torch.Size([1])):
         with pytest.raises(ValueError, match="Use a dict"):
             encode(wrong)

@@ -121,7 +121,7 @@ def together(device: str) -> Iterator[tuple[Group, Callable[[], bool]]]:
     dist.destroy_process_group()
 
 
-def _first(store: dist.Store) -> bool:
+def _first(store: Any) -> bool:
     try:
         return store.add("funcprobe said what went wrong", 1) == 1
     except RuntimeError:  # the process that kept the store is gone

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..calculus.line import Sweep
-from ..calculus.tree import Params
+from ..calculus.tree import Params, Terms
 from ..language.batch import Batch
 from ..language.model.split import Model
 from ..language.score import Readings, Scores
@@ -24,7 +24,8 @@ _TUPLES: dict[str, type] = {cls.__name__: cls for cls in (Batch, Readings, Score
 def encode(tree: Any, **about: str) -> bytes:
     """A tree of tensors and plain values as a safetensors file, with notes about it.
 
-    Trees consist of dicts, lists, tuples and this package's named tuples. Every bit survives.
+    Trees consist of dicts, lists, tuples, `Terms` and this package's named tuples. Every bit
+    survives.
 
     Raises:
         ValueError: the tree holds something else.
@@ -89,12 +90,14 @@ def _open(node: Any) -> _Node:
     name = type(node).__name__
     if isinstance(node, dict) and all(isinstance(key, str) for key in node):
         return _Node("dict", list(node), list(node.values()))
-    if (_SEQUENCES | _TUPLES).get(name) is type(node):
-        return _Node(name, [], node)
+    if isinstance(node, Terms):
+        return _Node("Terms", [], [node.row_hashes, *node])
+    if isinstance(node, list | tuple) and (_SEQUENCES | _TUPLES).get(name) is type(node):
+        return _Node(name, [], list(node))
     raise ValueError(
-        f"blocks: dicts with names, lists, tuples, {', '.join(_TUPLES)}, tensors, numbers and "
-        f"strings were expected, but a {name} arrived, which no other process could read back. Use "
-        "a dict."
+        "blocks: tensors, numbers, strings, dicts with names, lists, tuples, Terms and "
+        f"{', '.join(_TUPLES)} were expected, but a {name} arrived, which no other process could "
+        "read back. Use a dict."
     )
 
 
@@ -129,6 +132,8 @@ def _tree(structure: dict[str, Any], tensors: Iterator[Tensor]) -> Any:
         keys, structures = content
         return dict(zip(keys, [_tree(item, tensors) for item in structures], strict=True))
     items = [_tree(item, tensors) for item in content]
+    if name == "Terms":
+        return Terms(items[1:], items[0])
     return _TUPLES[name](*items) if name in _TUPLES else _SEQUENCES[name](items)
 
 
