@@ -2,22 +2,39 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypeAlias,
+    TypeVar,
+    runtime_checkable,
+)
 
 import torch
 from torch import Tensor
 
 from .precision import exact
-from .tree import Params, blocks, check_nan, leaves, merge, size
+from .tree import Params, Tree, blocks, check_nan, concrete, leaves, merge, size
 
-# NOTE [block size]: rows and lanes follow from shapes alone, so that results repeat. A block holds
-# about this many elements of the batch's widest leaf, all lanes counted: on a CPU what its caches
-# hold, elsewhere what keeps the device busy.
+# NOTE [block size]: The rows and lanes of a block follow from shapes alone, so that results repeat.
+# A block holds about this many elements of the batch's widest leaf, all lanes counted: on a CPU as
+# many as its caches hold, on another device as many as keep it busy.
 _BLOCK = {"cpu": 1024}
 _BLOCK_ELSEWHERE = 16384
 
-# Reverse mode keeps what every layer computed; it counts as this many lanes.
+# Reverse mode keeps what every layer computed, so it counts as this many lanes.
 REVERSE = 2
+
+# Rows per block: a number of rows in the batch's own order, or "all" for a single block. None cuts
+# the batch into blocks of the default size.
+RowsPerBlock: TypeAlias = int | Literal["all"] | None
+
+B = TypeVar("B")
+R = TypeVar("R")
 
 
 class RowFn(Protocol):
@@ -34,10 +51,20 @@ class RowFn(Protocol):
 
 @runtime_checkable
 class Cuttable(Protocol):
-    """A batch that knows how to divide itself into blocks."""
+    """A batch that knows how to divide itself into blocks without wasting work.
 
-    def cut(self, positions: int, /) -> tuple[list[Self], Tensor]:
-        """Blocks of at most `positions` positions, and the original row [N] of each of theirs."""
+    A function of such a batch also arranges its own matrices: see the note [zero is the base] in
+    `line`.
+    """
+
+    def cut(self, elements: int, /) -> tuple[list[Self], Tensor]:
+        """Divides the rows into blocks of at most `elements` elements, as the batch counts them.
+
+        The blocks' leaves are as wide as the batch's. A single row may exceed the limit.
+
+        Returns:
+            The blocks, and the original row of each of their rows, [N] int64.
+        """
         ...
 
 
@@ -50,110 +77,181 @@ class Identified(Protocol):
         ...
 
 
+class Blockwise(NamedTuple, Generic[R]):
+    """The results of a function on the blocks of a batch."""
+
+    results: list[R]
+    order: Tensor | None  # [N] the original row of each of their rows; None if it is unchanged
+    notes: tuple[str, ...]  # one for each time that memory ran out
+
+
 def block_size(device: torch.device) -> int:
-    """How many positions a block holds when the caller does not say."""
+    """How many elements of its widest leaf a block holds by default."""
     return _BLOCK.get(device.type, _BLOCK_ELSEWHERE)
 
 
-def default_rows(batch, lanes: int = 1) -> int:
-    """How many rows make a block when the caller does not say."""
+def default_rows(batch: Tree, lanes: int = 1) -> int:
+    """How many rows a block has by default (see the note [block size])."""
     n, tensors = max(size(batch), 1), leaves(batch)
     width = max(leaf.numel() // n for leaf in tensors)
     return max(block_size(tensors[0].device) // (max(width, 1) * lanes), 1)
 
 
-def cut(batch, rows: int | None, lanes: int = 1) -> tuple[Iterable, Tensor | None]:
-    """The blocks a batch is computed in, and the original row of each of theirs; None: as it was.
+def cut(batch: B, rows: RowsPerBlock, lanes: int = 1) -> tuple[Iterable[B], Tensor | None]:
+    """Divides a batch into the blocks that it is computed in.
 
     Args:
-        batch: a tree of tensors with leading N. Where it has a method ``cut(positions)`` that gives
-            blocks and order, that decides, as `Batch` does to waste no token.
-        rows: rows per block in the batch's own order, whatever the batch; None is the default.
-        lanes: parameter points that are computed at once.
-    """
-    if rows is None and isinstance(batch, Cuttable):
-        return batch.cut(max(block_size(leaves(batch)[0].device) // lanes, 1))
-    return blocks(batch, rows or default_rows(batch, lanes)), None
-
-
-def fitting(run: Callable, part, lanes: int = 1) -> tuple[list, tuple[str, ...]]:
-    """``[run(part, lanes)]``, or where memory runs out the same in halves: of rows, then of lanes.
-
-    Each half is one call, so whatever `run` computes together (the base and every learning rate)
-    it computes in the same blocks still: a change of zero stays exactly zero.
-
-    Args:
-        run: ``(part, lanes) -> result``, row-separable, free of effects.
-        part: a tree of tensors with leading N.
-        lanes: parameter points at a time.
+        batch: a tree of tensors with leading N. If it is `Cuttable` and `rows` is None, it divides
+            itself; otherwise blocks are consecutive rows.
+        rows: rows per block; "all" makes one block of the whole batch; None is the default of the
+            note [block size].
+        lanes: how many parameter points are computed at once.
 
     Returns:
-        The results in the rows' order, and one line for each time memory ran out; warned of too.
+        The blocks, and the original row of each of their rows, or None if the order is unchanged.
 
     Raises:
-        MemoryError: one row and one lane do not fit.
+        ValueError: `rows` is none of these.
+    """
+    if rows == "all":
+        return [batch], None
+    if rows is None:
+        if isinstance(batch, Cuttable):
+            return batch.cut(max(block_size(leaves(batch)[0].device) // lanes, 1))
+        rows = default_rows(batch, lanes)
+    if not isinstance(rows, int) or rows < 1:
+        raise ValueError(
+            f"rows must be a positive number of rows per block, 'all' or None, not {rows!r}."
+        )
+    return blocks(batch, rows), None
+
+
+def fitting(
+    run: Callable[[B, int], R], block: B, lanes: int = 1
+) -> tuple[list[R], tuple[str, ...]]:
+    """``[run(block, lanes)]``, or if memory runs out the same in halves: of rows, then of lanes.
+
+    Each half is one call. So whatever `run` computes together (the base and every learning rate) it
+    still computes in the same blocks, and a change of zero stays exactly zero.
+
+    Args:
+        run: ``(block, lanes) -> result``, row-separable and free of effects.
+        block: a tree of tensors with leading N.
+        lanes: how many parameter points are computed at once.
+
+    Returns:
+        The results in the rows' order, and one line for each time that memory ran out. Each is a
+        warning too.
+
+    Raises:
+        MemoryError: one row at one parameter point does not fit.
     """
     try:
-        return [run(part, lanes)], ()
+        return [run(block, lanes)], ()
     except RuntimeError as error:
         if not _out_of_memory(error):
             raise
-        why = str(error).splitlines()[0]
-    # Outside the handler, whose traceback holds what the call had made.
-    n = size(part)
-    if n == lanes == 1:
-        raise MemoryError(
-            f"one row at one parameter point does not fit into memory ({why}). Use shorter rows, a "
-            "base in lower precision, or a device with more memory."
-        )
-    if n > 1:
-        halves, fewer, now = list(blocks(part, -(-n // 2))), lanes, f"{-(-n // 2)} x {lanes}"
-    else:
-        halves, fewer, now = [part], lanes // 2, f"1 x {lanes // 2}"
-    note = f"out of memory at {n} x {lanes} (rows x lanes), computed again at {now}"
-    warnings.warn(f"{note}: {why}", stacklevel=2)
-    results, notes = [], (note,)
+        reason = str(error).splitlines()[0]
+    # This stands outside the handler, whose traceback holds what the failed call had allocated.
+    halves, fewer = _halve(block, lanes, reason)
+    note = (
+        f"out of memory at {size(block)} x {lanes} (rows x lanes), computed again at "
+        f"{size(halves[0])} x {fewer}"
+    )
+    warnings.warn(f"{note}: {reason}", stacklevel=2)
+    results: list[R] = []
+    notes: tuple[str, ...] = (note,)
     for half in halves:
-        some, more = fitting(run, half, fewer)
-        results += some
-        notes += more
+        more, further = fitting(run, half, fewer)
+        results += more
+        notes += further
     return results, notes
 
 
+def _halve(block: B, lanes: int, reason: str) -> tuple[list[B], int]:
+    """Halves of the rows with all lanes, or of one row with half the lanes."""
+    n = size(block)
+    if n > 1:
+        return list(blocks(block, -(-n // 2))), lanes
+    if lanes > 1:
+        return [block], lanes // 2
+    raise MemoryError(
+        f"one row at one parameter point does not fit into memory ({reason}). Use shorter rows, a "
+        "base in lower precision, or a device with more memory."
+    )
+
+
 def _out_of_memory(error: RuntimeError) -> bool:
-    says = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in says)
+    phrases = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(p in str(error) for p in phrases)
+
+
+def blockwise(
+    run: Callable[[B, int], R],
+    batch: B,
+    rows: RowsPerBlock,
+    *,
+    lanes: int = 1,
+    reverse: bool = False,
+) -> Blockwise[R]:
+    """Applies `run` to the blocks of a batch, in smaller ones where memory runs out.
+
+    Args:
+        run: ``(block, lanes) -> result``; see `fitting`.
+        batch, rows: see `cut`.
+        lanes: how many parameter points are computed at once.
+        reverse: whether `run` differentiates in reverse mode, which takes more memory.
+    """
+    parts, order = cut(batch, rows, lanes * (REVERSE if reverse else 1))
+    results: list[R] = []
+    notes: tuple[str, ...] = ()
+    for block in parts:
+        more, further = fitting(run, block, lanes)
+        results += more
+        notes += further
+    return Blockwise(results, order, notes)
+
+
+def identify(batch: Tree) -> Tensor | None:
+    """The hashes of a batch's rows, [N] int64.
+
+    None if the batch is not `Identified`, or if a transform has wrapped its values.
+    """
+    if isinstance(batch, Identified) and all(concrete(leaf) for leaf in leaves(batch)):
+        return batch.row_hashes()
+    return None
 
 
 def keep_pages() -> None:
-    """Makes malloc keep the pages of large blocks that are freed: some 6% of a sweep on a CPU."""
-    # NOTE [page faults]: glibc returns freed memory to the system, to fault it in again a moment
-    # later, until it has once seen a block of up to 32 MiB freed. This one is never touched.
+    """Makes malloc keep large blocks that are freed, which saves some 6% of a sweep on a CPU.
+
+    With glibc this changes malloc's behaviour for the whole process, and nothing restores it: the
+    process may then hold some 64 MiB of freed memory that it would have returned to the system.
+    """
+    # glibc returns large freed blocks to the system and faults them in again a moment later, until
+    # it has once seen a block of up to 32 MiB freed. This block is never written to.
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
 @torch.no_grad()
-def evaluate(fn: Callable, params: Params, batch, *, rows: int | None = None):
+def evaluate(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock = None) -> Any:
     """``fn(params, batch)`` in blocks of rows, without a graph.
 
     Args:
-        fn: row-separable ``(params, batch) -> tree`` of tensors with leading N.
+        fn: a row-separable function ``(params, batch) -> tree`` of tensors with leading N.
         params: the trainable parameters.
         batch: a tree of tensors with leading N.
-        rows: rows per block; the default follows from the shapes (see `cut`).
+        rows: rows per block, "all" for one block, or None for the default (see `cut`).
 
     Returns:
         fn's output for all N rows.
 
     Raises:
-        ValueError: the output holds nan; the rows are named.
+        ValueError: the output holds nan. The error names the rows.
     """
     keep_pages()
-    parts = []
     with exact():
-        cuts, order = cut(batch, rows)
-        for part in cuts:
-            parts += fitting(lambda part, _: fn(params, part), part)[0]
-    out = merge(parts, order)
+        parts = blockwise(lambda block, _: fn(params, block), batch, rows)
+    out = merge(parts.results, parts.order)
     check_nan("evaluate", out)
     return out
