@@ -1,48 +1,90 @@
 """funcprobe: what one optimizer step does to a language model's entropy, measured and predicted.
 
-The model is a pair of pure functions and two dicts; the update direction v an affine map of the
-gradient; everything measurable a function of ``params + eta * v``. Importing this package changes
-no global state.
+The model is a pair of pure functions and two dicts. The update direction v is an affine map of the
+gradient, and everything measurable is a function of ``params + eta * v``.
+
+Importing this package changes no global state, and is quick: a public name is imported from its
+module when it is first used. `__init__.pyi` lists the same names for type checkers.
 """
 
-from .calculus.blocks import evaluate
-from .calculus.interpolation import EVALUATED, INTERPOLATED, LAW
-from .calculus.line import Sweep, changes, join, sweep, sweep_blocks
-from .calculus.step import (
-    AdamState,
-    Affine,
-    adamw,
-    decompose,
-    direction,
-    gradient,
-    row_gradients,
-    sgd,
-)
-from .calculus.taylor import taylor
-from .calculus.transforms.increment import RULES, Increment, increment
-from .calculus.tree import add_scaled, dot, norm, shift, stack
-from .language import readouts
-from .language.batch import Batch, by_length, collate
-from .language.model.split import Model, assemble, logits, split
-from .language.objectives import RECIPES, Recipe, objective, prepare
-from .language.score import Readings, Sampling, Scores, scorer, with_value
-from .rollouts.ground_truth import GroundTruth, ground_truth
-from .rollouts.records import read_batch, write_batch
-from .rollouts.sample import rollout
-from .runtime.distributed import sharded
-from .runtime.resume import resumable
-from .runtime.serialize import fingerprint
-from .statistics.change import entropy_change, entropy_covector, entropy_series
-from .statistics.linearity import Linearity, Ratio, linearity, ratio
-from .statistics.odd_even import OddEven, odd_even, takeover
-from .statistics.planning import Comparison, compare, prompts_needed
-from .statistics.resampling import Bootstrap, Jackknife, bootstrap, jackknife
-from .statistics.results import Estimate, Series
-from .statistics.rounding import Rounding, rounding
-from .statistics.uncertainty import band
-from .statistics.weights import pareto_khat, pareto_smooth
-from .study.probe import probe
-from .study.report import Report, plot, plot_ratio
-from .training.checkpoint import Checkpoint, load_checkpoint
+import sys
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+_EXPORTS = {
+    "calculus.blocks": ("RowFn", "evaluate"),
+    "calculus.interpolation": ("EVALUATED", "INTERPOLATED", "LAW"),
+    "calculus.line": ("Sweep", "changes", "join", "sweep", "sweep_blocks"),
+    "calculus.step": (
+        "AdamState",
+        "Affine",
+        "adamw",
+        "decompose",
+        "direction",
+        "gradient",
+        "row_gradients",
+        "sgd",
+    ),
+    "calculus.taylor": ("taylor",),
+    "calculus.transforms.increment": ("RULES", "Increment", "increment"),
+    "calculus.tree": ("add_scaled", "dot", "norm", "shift", "stack"),
+    "language.batch": ("Batch", "by_length", "collate"),
+    "language.model.split": ("Model", "assemble", "logits", "split"),
+    "language.objectives": ("RECIPES", "Recipe", "objective", "prepare"),
+    "language.score": ("Readings", "Sampling", "Scores", "scorer", "with_value"),
+    "rollouts.ground_truth": ("GroundTruth", "ground_truth"),
+    "rollouts.records": ("read_batch", "write_batch"),
+    "rollouts.sample": ("rollout",),
+    "runtime.distributed": ("sharded",),
+    "runtime.resume": ("resumable",),
+    "runtime.serialize": ("fingerprint",),
+    "statistics.change": ("entropy_change", "entropy_covector", "entropy_series"),
+    "statistics.linearity": ("Linearity", "Ratio", "linearity", "ratio"),
+    "statistics.odd_even": ("OddEven", "odd_even", "takeover"),
+    "statistics.planning": ("Comparison", "compare", "prompts_needed"),
+    "statistics.resampling": ("Bootstrap", "Jackknife", "bootstrap", "jackknife"),
+    "statistics.results": ("Estimate", "Series"),
+    "statistics.rounding": ("Rounding", "rounding"),
+    "statistics.uncertainty": ("band",),
+    "statistics.weights": ("pareto_khat", "pareto_smooth"),
+    "study.probe": ("probe",),
+    "study.report": ("Report", "plot", "plot_ratio"),
+    "training.checkpoint": ("Checkpoint", "load_checkpoint"),
+}
+_HOME = {name: module for module, names in _EXPORTS.items() for name in names}
+_MODULES = {
+    "readouts": "language.readouts",
+    **{
+        name: name
+        for name in (
+            "calculus",
+            "language",
+            "rollouts",
+            "runtime",
+            "statistics",
+            "study",
+            "training",
+        )
+    },
+}
+
+__all__ = sorted([*_HOME, "readouts"])
+
+
+def __getattr__(name: str) -> Any:
+    """A public name or a sub-package, imported on first use (PEP 562)."""
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"{__name__}.{_MODULES[name]}")
+    else:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message, name=name, obj=sys.modules[__name__])
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

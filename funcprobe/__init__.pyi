@@ -1,0 +1,103 @@
+"""The public names of funcprobe, as type checkers read them; `__init__.py` imports them lazily."""
+
+from . import (
+    calculus as calculus,
+    language as language,
+    rollouts as rollouts,
+    runtime as runtime,
+    statistics as statistics,
+    study as study,
+    training as training,
+)
+from .calculus.blocks import RowFn as RowFn, evaluate as evaluate
+from .calculus.interpolation import EVALUATED as EVALUATED, INTERPOLATED as INTERPOLATED, LAW as LAW
+from .calculus.line import (
+    Sweep as Sweep,
+    changes as changes,
+    join as join,
+    sweep as sweep,
+    sweep_blocks as sweep_blocks,
+)
+from .calculus.step import (
+    AdamState as AdamState,
+    Affine as Affine,
+    adamw as adamw,
+    decompose as decompose,
+    direction as direction,
+    gradient as gradient,
+    row_gradients as row_gradients,
+    sgd as sgd,
+)
+from .calculus.taylor import taylor as taylor
+from .calculus.transforms.increment import (
+    RULES as RULES,
+    Increment as Increment,
+    increment as increment,
+)
+from .calculus.tree import (
+    add_scaled as add_scaled,
+    dot as dot,
+    norm as norm,
+    shift as shift,
+    stack as stack,
+)
+from .language import readouts as readouts
+from .language.batch import Batch as Batch, by_length as by_length, collate as collate
+from .language.model.split import (
+    Model as Model,
+    assemble as assemble,
+    logits as logits,
+    split as split,
+)
+from .language.objectives import (
+    RECIPES as RECIPES,
+    Recipe as Recipe,
+    objective as objective,
+    prepare as prepare,
+)
+from .language.score import (
+    Readings as Readings,
+    Sampling as Sampling,
+    Scores as Scores,
+    scorer as scorer,
+    with_value as with_value,
+)
+from .rollouts.ground_truth import GroundTruth as GroundTruth, ground_truth as ground_truth
+from .rollouts.records import read_batch as read_batch, write_batch as write_batch
+from .rollouts.sample import rollout as rollout
+from .runtime.distributed import sharded as sharded
+from .runtime.resume import resumable as resumable
+from .runtime.serialize import fingerprint as fingerprint
+from .statistics.change import (
+    entropy_change as entropy_change,
+    entropy_covector as entropy_covector,
+    entropy_series as entropy_series,
+)
+from .statistics.linearity import (
+    Linearity as Linearity,
+    Ratio as Ratio,
+    linearity as linearity,
+    ratio as ratio,
+)
+from .statistics.odd_even import OddEven as OddEven, odd_even as odd_even, takeover as takeover
+from .statistics.planning import (
+    Comparison as Comparison,
+    compare as compare,
+    prompts_needed as prompts_needed,
+)
+from .statistics.resampling import (
+    Bootstrap as Bootstrap,
+    Jackknife as Jackknife,
+    bootstrap as bootstrap,
+    jackknife as jackknife,
+)
+from .statistics.results import Estimate as Estimate, Series as Series
+from .statistics.rounding import Rounding as Rounding, rounding as rounding
+from .statistics.uncertainty import band as band
+from .statistics.weights import pareto_khat as pareto_khat, pareto_smooth as pareto_smooth
+from .study.probe import probe as probe
+from .study.report import Report as Report, plot as plot, plot_ratio as plot_ratio
+from .training.checkpoint import Checkpoint as Checkpoint, load_checkpoint as load_checkpoint
+
+__version__: str
+__all__: list[str]
