@@ -1,24 +1,24 @@
-"""The command line: ``funcprobe probe``, on the bundled checkpoint or on one's own."""
+"""The command line: ``funcprobe probe``, on the bundled checkpoint or on one's own.
+
+Reading flags and printing help needs the standard library alone; torch and transformers are
+imported when there is something to compute.
+"""
 
 import math
 import os
 import sys
+from argparse import ArgumentParser, ArgumentTypeError
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-import transformers
-import yaml
-from tqdm.auto import tqdm
-from transformers import HfArgumentParser
+from . import __version__
+from .language.recipes import RECIPES
 
-from .rollouts.records import read_batch, read_sampling
-from .runtime.distributed import agree, together
-from .runtime.resume import discard
-from .study.probe import probe
-from .training.checkpoint import load_checkpoint
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
 
@@ -26,8 +26,8 @@ _SMALL = 10_000_000  # parameters: below, a second thread costs more than it giv
 
 _UNSET = ("", "~", "null")  # in YAML
 
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
+       funcprobe --version
 
 What one AdamW step would do to the model's entropy. Without options, on the bundled checkpoint.
 `funcprobe probe --help` lists the options; a YAML file holds the same names.
@@ -37,93 +37,59 @@ where it was cut short. `torchrun --nproc-per-node N -m funcprobe probe ...` sha
 """
 
 
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    """A field of `ProbeArguments` with the text of its flag's help."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
 @dataclass
 class ProbeArguments:
     """What `funcprobe probe` takes, as flags or as the keys of a YAML file."""
 
-    checkpoint: str | None = field(
-        default=None,
-        metadata={"help": "Trainer/TRL checkpoint folder; the bundled one if not given."},
+    checkpoint: str | None = _option(
+        None, "Trainer/TRL checkpoint folder; the bundled one if not given."
     )
-    base_model: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, folder or .gguf file; adapter_config.json's if not given."},
+    base_model: str | None = _option(
+        None, "Hub id, folder or .gguf file; adapter_config.json's if not given."
     )
-    update: str | None = field(default=None, metadata={"help": "U, a file of JSON lines."})
-    evaluation: str | None = field(default=None, metadata={"help": "E, a file of JSON lines."})
-    etas: str = field(
-        default="0,0.25x,0.5x,1x,2x,4x",
-        metadata={
-            "help": "Learning rates: 0.5x of the checkpoint's, or absolute, 1e-6; 0:4x:65 is 65 of "
-            "them, evenly."
-        },
+    update: str | None = _option(None, "U, a file of JSON lines.")
+    evaluation: str | None = _option(None, "E, a file of JSON lines.")
+    etas: str = _option(
+        "0,0.25x,0.5x,1x,2x,4x",
+        "Learning rates: 0.5x of the checkpoint's, or absolute, 1e-6; 0:4x:65 is 65 of them, "
+        "evenly.",
     )
-    recipe: str = field(
-        default="dr_grpo", metadata={"help": "reinforce, rloo, grpo, dr_grpo or dapo."}
+    recipe: str = _option("dr_grpo", "The objective of the update.", tuple(RECIPES))
+    weights: str = _option(
+        "sequence",
+        "Importance weights: plain SNIS, or by prefix, position-normalised or raw.",
+        ("sequence", "prefix", "prefix_raw"),
     )
-    weights: str = field(
-        default="sequence",
-        metadata={
-            "help": "Importance weights: plain SNIS, or by prefix, position-normalised or raw.",
-            "choices": ["sequence", "prefix", "prefix_raw"],
-        },
+    per: str = _option("token", "Entropy per token or per sequence.", ("token", "sequence"))
+    off_policy: bool = _option(
+        False, "E's lines hold the log-probabilities it was sampled with: weigh by them."
     )
-    per: str = field(
-        default="token",
-        metadata={"help": "Entropy per token or per sequence.", "choices": ["token", "sequence"]},
+    max_length: int | None = _option(
+        None, "dr_grpo's divisor in tokens; U's longest response if not given."
     )
-    off_policy: bool = field(
-        default=False,
-        metadata={
-            "help": "E's lines hold the log-probabilities it was sampled with: weigh by them."
-        },
+    dtype: str = _option("float32", "Precision of the model.", ("float32", "float64"))
+    change: str = _option(
+        "increment", "Exact increments, or differences of values.", ("increment", "direct")
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "dr_grpo's divisor in tokens; U's longest response if not given."},
+    nodes: str | None = _option(None, "auto, or a degree: interpolate from a few evaluations.")
+    tol: float = _option(1e-6, "The error that auto allows, over the largest change per eta.")
+    matmul: str = _option(
+        "full", "Precision of the increments' matrix products.", ("full", "tf32", "bfloat16")
     )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Precision of the model.", "choices": ["float32", "float64"]},
+    device: str | None = _option(None, "cpu, cuda, ...; cuda where there is one if not given.")
+    optimizer: str = _option("saved", "The saved state, or a fresh one.", ("saved", "fresh"))
+    lr: float | None = _option(None, "Overrides the saved learning rate.")
+    max_grad_norm: float = _option(
+        1.0, "Gradient clipping, which checkpoints do not save; 0 is off."
     )
-    change: str = field(
-        default="increment",
-        metadata={
-            "help": "Exact increments, or differences of values.",
-            "choices": ["increment", "direct"],
-        },
-    )
-    nodes: str | None = field(
-        default=None,
-        metadata={"help": "auto, or a degree: interpolate from a few evaluations."},
-    )
-    tol: float = field(
-        default=1e-6,
-        metadata={"help": "The error that auto allows, over the largest change per eta."},
-    )
-    matmul: str = field(
-        default="full",
-        metadata={
-            "help": "Precision of the increments' matrix products.",
-            "choices": ["full", "tf32", "bfloat16"],
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu, cuda, ...; cuda where there is one if not given."}
-    )
-    optimizer: str = field(
-        default="saved",
-        metadata={"help": "The saved state, or a fresh one.", "choices": ["saved", "fresh"]},
-    )
-    lr: float | None = field(default=None, metadata={"help": "Overrides the saved learning rate."})
-    max_grad_norm: float = field(
-        default=1.0,
-        metadata={"help": "Gradient clipping, which checkpoints do not save; 0 is off."},
-    )
-    tokens: int | None = field(
-        default=None, metadata={"help": "Positions computed at once; bounds memory."}
-    )
-    output: str = field(default="probe", metadata={"help": "Folder for report.json and the rest."})
+    tokens: int | None = _option(None, "Positions computed at once; bounds memory.")
+    output: str = _option("probe", "Folder for report.json and the rest.")
+    quiet: bool = _option(False, "Print neither bars nor the table: write files, report errors.")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(_USAGE, end="")
+        return 0
+    if command == "--version":
+        print(f"funcprobe {__version__}")
         return 0
     first = os.environ.get("RANK", "0") == "0"
 
@@ -140,19 +109,27 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command != "probe":
             raise ValueError(f"unknown command {command!r}; there is 'probe'.")
-        parsed = _parse(rest, first)
-        device = parsed.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        options = _parse(rest, first)
+        import torch
+
+        from .runtime.distributed import together
+
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         with together(device) as (group, speaks):
-            if not first:
-                transformers.utils.logging.disable_progress_bar()
-            _probe(parsed, device, group)
+            _probe(options, device, group, first)
     except (ValueError, OSError, RuntimeError) as error:
         if speaks():
-            # A line of its own, even where a progress bar stands, of the first rank if not here.
-            line = f"funcprobe: {' '.join(str(error).split())}"
-            tqdm.write(line if first else f"\n{line}", file=sys.stderr)
+            _complain(error, first)
         return 2
     return 0
+
+
+def _complain(error: Exception, first: bool) -> None:
+    """One line on standard error, even where a progress bar stands."""
+    from tqdm.auto import tqdm
+
+    line = f"funcprobe: {' '.join(str(error).split())}"
+    tqdm.write(line if first else f"\n{line}", file=sys.stderr)
 
 
 def parse_etas(text: str, lr: float) -> list[float]:
@@ -163,27 +140,10 @@ def parse_etas(text: str, lr: float) -> list[float]:
     >>> parse_etas("0:1x:3, 4e-5", 2e-5)
     [0.0, 1e-05, 2e-05, 4e-05]
     """
-
-    def rate(word: str) -> float:
-        eta = float(word[:-1]) * lr if word.endswith("x") else float(word)
-        if not math.isfinite(eta):
-            raise ValueError
-        return eta
-
-    etas = []
+    etas: list[float] = []
     for word in (word.strip() for word in str(text).split(",")):
         try:
-            start, *rest = word.split(":")
-            if rest:
-                stop, points = rest
-                first, last = rate(start), rate(stop)
-                line = torch.linspace(first, last, int(points), dtype=torch.float64)
-                if not len(line):
-                    raise ValueError
-                line[line.abs() < 1e-12 * max(abs(first), abs(last))] = 0.0
-                etas += line.tolist()
-            else:
-                etas.append(rate(start))
+            etas += _etas_of(word, lr)
         except (ValueError, RuntimeError):
             raise ValueError(
                 "etas: finite numbers such as 0.5x (of the learning rate) or 1e-6, or 0:4x:65 for "
@@ -192,9 +152,76 @@ def parse_etas(text: str, lr: float) -> list[float]:
     return etas
 
 
-def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
-    parser = HfArgumentParser(ProbeArguments, prog="funcprobe probe")
+def _etas_of(word: str, lr: float) -> list[float]:
+    """One learning rate, or those of a range ``a:b:n``."""
+    import torch
+
+    start, *rest = word.split(":")
+    if not rest:
+        return [_eta(start, lr)]
+    stop, points = rest
+    first, last = _eta(start, lr), _eta(stop, lr)
+    line = torch.linspace(first, last, int(points), dtype=torch.float64)
+    if not len(line):
+        raise ValueError("a range without points")
+    line[line.abs() < 1e-12 * max(abs(first), abs(last))] = 0.0
+    return list(line.tolist())
+
+
+def _eta(word: str, lr: float) -> float:
+    eta = float(word[:-1]) * lr if word.endswith("x") else float(word)
+    if not math.isfinite(eta):
+        raise ValueError("a learning rate that is not finite")
+    return eta
+
+
+class _Parser(ArgumentParser):
+    """A parser whose errors are exceptions, so that `main` prints them as any other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See funcprobe probe --help.")
+
+
+def _boolean(text: str) -> bool:
+    word = text.lower()
+    if word in ("yes", "true", "t", "y", "1"):
+        return True
+    if word in ("no", "false", "f", "n", "0"):
+        return False
+    raise ArgumentTypeError(f"true or false was expected, not {text!r}")
+
+
+_TYPES: dict[Any, Any] = {
+    str: str,
+    str | None: str,
+    int | None: int,
+    float: float,
+    float | None: float,
+    bool: _boolean,
+}
+
+
+def _parser() -> _Parser:
+    """A flag for each field of `ProbeArguments`, spelt with underscores or with hyphens."""
+    parser = _Parser(prog="funcprobe probe")
+    for option in fields(ProbeArguments):
+        spellings = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('_', '-')}"])
+        default = "" if option.default in (None, False) else " (default: %(default)s)"
+        switch = {"nargs": "?", "const": True} if option.type is bool else {}
+        parser.add_argument(
+            *spellings,
+            type=_TYPES[option.type],
+            default=option.default,
+            help=option.metadata["help"] + default,
+            choices=option.metadata["choices"],
+            **switch,
+        )
     parser.add_argument("--config", help="A YAML file of these options; flags override it.")
+    return parser
+
+
+def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
+    parser = _parser()
     config = parser.parse_known_args(words)[0].config
     if config is not None:
         parser.set_defaults(**_read_config(config))
@@ -209,14 +236,16 @@ def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
 
 
 def _read_config(path: str) -> dict[str, str]:
-    # Text, as flags are: YAML itself would read 1:4:50 as a number in base 60.
+    """A config file's settings as text, as flags are: YAML would read 1:4:50 in base 60."""
+    import yaml
+
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: a mapping of options was expected.")
-    options = {option.name: option.metadata.get("choices") for option in fields(ProbeArguments)}
+    options = {option.name: option.metadata["choices"] for option in fields(ProbeArguments)}
     unknown = sorted(set(settings) - set(options))
     if unknown:
         raise ValueError(f"{path}: unknown options {unknown}; there are {list(options)}.")
@@ -227,69 +256,82 @@ def _read_config(path: str) -> dict[str, str]:
         if not isinstance(value, str):
             raise ValueError(f"{path}: {name} must be one value, not {value}.")
         if options[name] and value not in options[name]:
-            raise ValueError(f"{path}: {name} must be one of {options[name]}.")
+            raise ValueError(f"{path}: {name} must be one of {', '.join(options[name])}.")
     return settings
 
 
-def _probe(arguments: ProbeArguments, device: str, group) -> None:
-    path, update, evaluation = _inputs(arguments)
-    etas, max_length = arguments.etas, arguments.max_length
-    if arguments.checkpoint is None and max_length is None:
+def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", first: bool) -> None:
+    """Loads the inputs, probes, writes the report and, on the first rank, prints it."""
+    import torch
+    import transformers
+
+    from .rollouts.records import read_batch, read_sampling
+    from .runtime.distributed import agree
+    from .runtime.resume import discard
+    from .study.probe import probe
+    from .training.checkpoint import load_checkpoint
+
+    path, update, evaluation = _inputs(options)
+    if options.quiet or not first:
+        transformers.utils.logging.disable_progress_bar()
+    max_length = options.max_length
+    if options.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
-    parse_etas(etas, 1.0)
-    nodes = int(arguments.nodes) if str(arguments.nodes).isdecimal() else arguments.nodes
+    parse_etas(options.etas, 1.0)
     checkpoint = load_checkpoint(
         path,
-        base_model=arguments.base_model,
-        dtype=_DTYPES[arguments.dtype],
+        base_model=options.base_model,
+        dtype=getattr(torch, options.dtype),
         device=device,
-        max_grad_norm=arguments.max_grad_norm or None,
-        optimizer=arguments.optimizer,
-        lr=arguments.lr,
+        max_grad_norm=options.max_grad_norm or None,
+        optimizer=options.optimizer,
+        lr=options.lr,
     )
     if sum(t.numel() for t in (checkpoint.base | checkpoint.params).values()) < _SMALL:
         torch.set_num_threads(1)
     sampling = read_sampling(evaluation)
     if sampling is not None:
         checkpoint = replace(checkpoint, sampling=sampling)
-    finished = Path(arguments.output) / "blocks"
+    finished = Path(options.output) / "blocks"
     report = probe(
         checkpoint,
         read_batch(update, checkpoint.tokenizer),
         read_batch(evaluation, checkpoint.tokenizer),
-        lambda lr: parse_etas(etas, lr),
-        recipe=arguments.recipe,
-        weights=arguments.weights,
-        per=arguments.per,
-        off_policy=arguments.off_policy,
-        change=arguments.change,
-        nodes=nodes,
-        tol=arguments.tol,
-        matmul=None if arguments.matmul == "full" else arguments.matmul,
+        lambda lr: parse_etas(options.etas, lr),
+        recipe=options.recipe,
+        weights=options.weights,
+        per=options.per,
+        off_policy=options.off_policy,
+        change=options.change,
+        nodes=int(options.nodes) if str(options.nodes).isdecimal() else options.nodes,
+        tol=options.tol,
+        matmul=None if options.matmul == "full" else options.matmul,
         max_length=max_length,
-        tokens=arguments.tokens,
+        tokens=options.tokens,
         resume=finished,
         group=group,
-        progress=True,
+        progress=not options.quiet,
     )
     if report is not None:
-        written = report.save(arguments.output)
-        print(report)
-        print("wrote " + ", ".join(map(str, written)))
+        written = report.save(options.output)
+        if not options.quiet:
+            print(report)
+            print("wrote " + ", ".join(map(str, written)))
     agree("end", "reached", group)
     discard(finished)
 
 
-def _inputs(arguments: ProbeArguments) -> tuple[Path, Path, Path]:
-    given = (arguments.checkpoint, arguments.update, arguments.evaluation)
-    if all(value is None for value in given):
+def _inputs(options: ProbeArguments) -> tuple[Path, Path, Path]:
+    """The paths of the checkpoint, U and E: those given, or the bundled ones."""
+    checkpoint, update, evaluation = options.checkpoint, options.update, options.evaluation
+    if checkpoint is None and update is None and evaluation is None:
         return bundled()
-    if None in given:
+    if checkpoint is None or update is None or evaluation is None:
         raise ValueError(
             "--checkpoint, --update and --evaluation go together; give all three, or none for the "
             "bundled checkpoint."
         )
-    return tuple(map(Path, given))
+    return Path(checkpoint), Path(update), Path(evaluation)
 
 
 def bundled() -> tuple[Path, Path, Path]:

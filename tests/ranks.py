@@ -6,6 +6,7 @@ It appends to FOLDER/rankN.jsonl the rows that its sweeps take, those that it mo
 and in the end its exit status and whether it got a report.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -19,8 +20,8 @@ def main() -> None:
     folder, fault, *words = sys.argv[1:]
     rank = int(os.environ["RANK"])
     log = Path(folder) / f"rank{rank}.jsonl"
-    composed = sys.modules["funcprobe.study.probe"]  # the package's own `probe` is the function
-    sweep, probe, to = composed.sweep, cli.probe, Batch.to
+    composed = importlib.import_module("funcprobe.study.probe")
+    sweep, probe, to = composed.sweep, composed.probe, Batch.to
     swept = 0
 
     def note(what, value):
@@ -54,7 +55,7 @@ def main() -> None:
     if fault == "files":  # this host's E is another one
         at = words.index("--evaluation") + 1
         words[at] = words[at] if rank == 0 else str(Path(folder) / "other.jsonl")
-    composed.sweep, cli.probe, Batch.to = watched_sweep, watched_probe, watched_to
+    composed.sweep, composed.probe, Batch.to = watched_sweep, watched_probe, watched_to
     status = cli.main(words)
     note("status", status)
     sys.exit(status)

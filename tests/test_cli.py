@@ -1,5 +1,6 @@
 """The command line as a subprocess: what it writes, and one clear line on bad input."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -75,7 +76,10 @@ def test_a_config_file_and_flags_that_override_it(tmp_path, inputs):
     [
         ({"etas": "1x,fast"}, "found 'fast'"),
         ({"etas": "nan"}, "found 'nan'"),
-        ({"recipe": "ppo2"}, "unknown recipe 'ppo2'"),
+        ({"recipe": "ppo2"}, "invalid choice: 'ppo2'"),
+        ({"max_length": "2.5"}, "invalid int value: '2.5'"),
+        ({"off_policy": "maybe"}, "true or false was expected, not 'maybe'"),
+        ({"etass": "1x"}, "unrecognized arguments: --etass"),
         ({"checkpoint": "nowhere"}, "no such folder"),
         ({"update": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"evaluation": None}, "go together"),
@@ -112,7 +116,31 @@ def test_help_and_unknown_commands(tmp_path):
     assert "usage: funcprobe probe" in run(tmp_path).stdout
     result = run(tmp_path, "prob")
     assert result.returncode == 2 and "unknown command 'prob'" in result.stderr
-    assert "--evaluation" in run(tmp_path, "probe", "--help").stdout
+    text = run(tmp_path, "probe", "--help").stdout
+    assert "--evaluation" in text and "--max-length" in text
+    assert all(name in text for name in fp.RECIPES)
+    assert run(tmp_path, "--version").stdout == f"funcprobe {fp.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["--version"], ["probe", "--help"], ["probe", "--lr", "x"]])
+def test_help_and_bad_flags_need_no_torch(words):
+    """They answer in a moment, since nothing heavy is imported for them."""
+    code = (
+        "import sys; from funcprobe import cli\n"
+        f"try: cli.main({words})\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules)\n"
+        "print(sorted(heavy), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_quiet_prints_nothing_and_writes_the_files(tmp_path, inputs):
+    result = run(tmp_path, "probe", *flags(inputs | {"etas": "1x"}), "--quiet")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    names = sorted(path.name for path in (tmp_path / "probe").iterdir())
+    assert names == ["report.json", "report.png", "report.safetensors"]
 
 
 def test_etas_are_multiples_or_absolute():
@@ -135,7 +163,7 @@ def called(monkeypatch):
             got.update(options, checkpoint=checkpoint, U=update, E=evaluation, etas=etas)
             raise RuntimeError("that is all")
 
-        monkeypatch.setattr(cli, "probe", probe)
+        monkeypatch.setattr(importlib.import_module("funcprobe.study.probe"), "probe", probe)
         assert cli.main(["probe", *flags(settings)]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == "funcprobe: that is all"
         return got
@@ -202,7 +230,7 @@ def test_the_policy_is_the_one_that_sampled_e(tmp_path, inputs, called, capsys):
 def test_a_config_is_held_to_the_flags_choices(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("per: word")
     assert cli.main(["probe", "--config", str(tmp_path / "c.yaml")]) == 2
-    assert "per must be one of ['token', 'sequence']" in capsys.readouterr().err
+    assert "per must be one of token, sequence" in capsys.readouterr().err
 
 
 def test_a_config_is_read_as_flags_are(tmp_path):

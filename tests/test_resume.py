@@ -1,12 +1,12 @@
 """Runs that are killed and go on, bit for bit; files that are torn, foreign or of another run."""
 
 import dataclasses
+import importlib
 import json
 import math
 import multiprocessing
 import random
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from funcprobe.calculus.tree import Terms
 from funcprobe.runtime import resume
 from funcprobe.runtime.serialize import decode, encode
 
-composed = sys.modules["funcprobe.study.probe"]  # the package's own `probe` is the function
+composed = importlib.import_module("funcprobe.study.probe")  # `fp.probe` is the function
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_the_same_call_computes_nothing_and_other_settings_only_theirs(
 def server():
     """A process with the package loaded, whose forks run the command line."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["funcprobe.cli"])
+    context.set_forkserver_preload(["funcprobe.study.probe"])
     return context
 
 
