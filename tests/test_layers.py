@@ -80,6 +80,15 @@ def test_only_language_and_the_edge_know_transformers_and_peft(name):
     assert not tops & {"transformers", "peft", "tokenizers", "datasets"}
 
 
+def test_no_test_file_imports_another():
+    tests = {path.stem for path in TESTS.glob("test_*.py")}
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not tests & set(names), f"{path.name} imports {tests & set(names)}"
+
+
 @pytest.mark.parametrize("path", sorted(TESTS.glob("benchmarks/*.py")), ids=lambda p: p.name)
 def test_everything_that_a_benchmark_uses_exists(path):
     """Benchmarks run by hand, so a renamed function would go unnoticed."""

@@ -9,7 +9,6 @@ from arrays import N, arrays, swept
 
 import funcprobe as fp
 from funcprobe.statistics.flags import doubts
-from funcprobe.statistics.linearity import _reach
 from funcprobe.statistics.results import Diagnostics
 
 
@@ -113,15 +112,14 @@ def test_both_signs_must_hold():
     assert mirrored.verdicts == ("holds", "holds", "holds", "holds", "fails")
 
 
-def test_reach_needs_every_smaller_point():
-    etas = torch.tensor([4.0, 1.0, 2.0, 3.0])
-    every = torch.ones(4, dtype=torch.bool)
-    inside = torch.tensor([True, True, False, True])
-    outside = torch.tensor([False, False, True, False])
-    assert _reach(etas, every, inside, outside) == (1.0, 2.0)
-    assert _reach(etas, ~every, inside, outside) == (0.0, math.inf)
-    skip = torch.tensor([True, True, False, True])
-    assert _reach(etas, skip, inside, outside & skip) == (4.0, math.inf)
+def test_a_point_beyond_a_gap_is_not_reached():
+    etas, bent = [4.0, 1.0, 2.0, 3.0], lambda eta: 0.5 if eta == 2 else 0.0
+    got = fp.linearity(*law(etas, bent))
+    assert got.verdicts == ("holds", "holds", "fails", "holds")
+    assert got.eta_max == (1.0, 2.0)
+    # A point that is left out is no gap.
+    without = fp.linearity(*law(etas, bent, khat=[0.1, 0.1, 0.9, 0.1]))
+    assert without.excluded[2].startswith("k-hat") and without.eta_max == (4.0, math.inf)
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])

@@ -1,0 +1,146 @@
+"""Mistakes in scores, objectives and the layout of rows."""
+
+from dataclasses import replace
+
+import torch
+from mistakes import mistake
+
+from funcprobe.language.recipes import as_recipe
+from funcprobe.language.score import Sampling
+
+# Scores
+
+SCORES = "test_score.py::test_scores_are_those_of_full_logits_row_by_row"
+SOFTMAX = "test_score.py::test_slices_of_the_vocabulary_give_what_all_of_it_gives"
+
+
+@mistake("language.head.softmax.head_scores", f"{SCORES}[llama-1.0]")
+def the_entropy_is_the_sampled_tokens_surprise(right, *args, **options):
+    logp, _ = right(*args, **options)
+    return logp, -logp
+
+
+@mistake("language.head.softmax.head_scores", f"{SCORES}[llama-1.0]")
+def the_entropy_is_in_bits(right, *args, **options):
+    logp, entropy = right(*args, **options)
+    return logp, entropy / torch.tensor(2.0).log()
+
+
+@mistake("language.head.softmax.logp_and_entropy", SOFTMAX)
+def every_slice_of_the_vocabulary_is_a_softmax_of_its_own(right, slices, target):
+    parts = [right([part], target.clamp(max=part.shape[-1] - 1)) for part in slices]
+    return tuple(torch.stack(part).sum(0) for part in zip(*parts, strict=True))
+
+
+@mistake("language.score.scorer", f"{SCORES}[llama-0.5]")
+def logits_are_multiplied_by_the_temperature(right, *args, sampling=Sampling(), **options):
+    upside_down = replace(sampling, temperature=1 / sampling.temperature)
+    return right(*args, sampling=upside_down, **options)
+
+
+@mistake(
+    "language.head.softmax.nucleus",
+    "test_score.py::test_the_nucleus_is_hugging_faces_on_random_logits",
+)
+def the_nucleus_stops_short_of_its_probability(right, logits, top_p):
+    inside = right(logits, top_p)
+    least = logits.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)
+    return inside & ~torch.zeros_like(inside).scatter(-1, least, inside.sum(-1, keepdim=True) > 1)
+
+
+@mistake("language.batch.targets", f"{SCORES}[llama-1.0]")
+def scores_are_of_the_token_before(right, batch):
+    return right(batch).roll(1, -1)
+
+
+@mistake(
+    "language.readouts.expected_kl",
+    "test_readouts.py::test_readouts_are_those_of_full_logits_row_by_row[llama-1.0]",
+)
+def the_divergence_is_to_the_policy_itself(right, logits, target, reference):
+    return right(reference, target, logits)
+
+
+# Objectives
+
+LOSS = "test_objectives.py::test_a_recipe_is_its_trainers_loss_and_gradient"
+
+
+@mistake("language.objectives.objective", f"{LOSS}[grpo-0.0]")
+def ratios_are_not_clipped(right, score, recipe):
+    return right(score, replace(as_recipe(recipe), clip_low=1.0, clip_high=1e9))
+
+
+@mistake("language.objectives.objective", f"{LOSS}[dapo-0.0]")
+def ratios_are_clipped_alike_above_and_below(right, score, recipe):
+    recipe = as_recipe(recipe)
+    return right(score, replace(recipe, clip_high=recipe.clip_low))
+
+
+@mistake("language.objectives.objective", f"{LOSS}[grpo-0.0]")
+def the_old_policy_is_the_present_one(right, score, recipe):
+    loss = right(score, recipe)
+    return lambda params, batch: loss(
+        params, batch._replace(old_logp=score(params, batch).logp.detach())
+    )
+
+
+@mistake("language.objectives.objective", f"{LOSS}[grpo-0.3]")
+def the_penalty_is_the_log_ratio(right, score, recipe):
+    recipe = as_recipe(recipe)
+    loss = right(score, replace(recipe, beta=0.0))
+
+    def wrong(params, batch):
+        gap = score(params, batch).logp - torch.where(batch.response, batch.ref_logp, 0.0)
+        return loss(params, batch) + recipe.beta * gap * batch.weight
+
+    return wrong
+
+
+@mistake("language.objectives.prepare", f"{LOSS}[dapo-0.0]")
+def tokens_are_averaged_over_the_padding_too(right, batch, recipe, **options):
+    out = right(batch, recipe, **options)
+    return out._replace(weight=out.weight * out.response.double().mean())
+
+
+@mistake("language.objectives.prepare", "test_objectives.py::test_the_constant_divisor")
+def the_constant_divisor_is_the_longest_response(right, *args, max_length=None, **options):
+    return right(*args, **options)
+
+
+@mistake("language.objectives.advantages", "test_objectives.py::test_advantages[loo-none]")
+def the_baseline_holds_the_rows_own_reward(right, reward, group, recipe):
+    baseline = "mean" if recipe.baseline == "loo" else recipe.baseline
+    return right(reward, group, replace(recipe, baseline=baseline))
+
+
+@mistake("language.objectives.advantages", "test_objectives.py::test_advantages[mean-group]")
+def the_scale_is_that_of_the_batch(right, reward, group, recipe):
+    scale = "batch" if recipe.scale == "group" else recipe.scale
+    return right(reward, group, replace(recipe, scale=scale))
+
+
+# Shared prompts
+
+PACKED = "test_packing.py::test_shared_prompts_change_no_score"
+LAYOUT = "test_packing.py::test_layout_by_hand"
+
+
+@mistake("language.packing.pack", f"{PACKED}[llama]", LAYOUT)
+def positions_run_on_from_one_response_to_the_next(right, *args, **options):
+    layout = right(*args, **options)
+    if layout.place is None:
+        return layout
+    width = layout.tokens.shape[1]
+    return layout._replace(place=torch.arange(width).expand_as(layout.tokens))
+
+
+@mistake("language.packing.visible", f"{PACKED}[llama]")
+def responses_to_a_prompt_see_each_other(right, segment, dtype):
+    return right(torch.zeros_like(segment), dtype)
+
+
+@mistake("language.batch.by_length", "test_line.py::test_blocks_by_length_join_into_the_sweep[20]")
+def blocks_come_with_the_order_of_the_rows_as_they_were(right, batch, **options):
+    blocks, order = right(batch, **options)
+    return blocks, torch.arange(len(order))
