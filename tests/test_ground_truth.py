@@ -46,6 +46,14 @@ def test_importance_sampling_agrees_with_the_shifted_policy_sampled(truth, swept
     assert "\n" not in str(truth) and "1024 rows each" in str(truth)
 
 
+def test_results_print_in_a_line_and_as_a_table(truth, swept):
+    assert repr(truth) == f"GroundTruth: {truth}" and "tensor" not in repr(truth)
+    html = truth._repr_html_()
+    assert html.count("<tr>") == 3 and f"{float(truth.value[1]):+.3e}" in html
+    agreement = truth.against(swept[2][0])
+    assert f"{agreement.z:+.1f}" in agreement._repr_html_()
+
+
 def test_the_opposite_direction_does_not_agree(checkpoint, evaluation, swept):
     v, eta, estimates = swept
     back = drawn(checkpoint, {n: -x for n, x in v.items()}, eta, evaluation, samples=1)

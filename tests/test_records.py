@@ -138,7 +138,7 @@ def test_a_file_that_is_not_text_is_named(tmp_path):
         (
             '{"prompt_ids": [1], "completion_ids": [2], "reward": 1}\n'
             '{"prompt_ids": [1], "completion_ids": [2]}',
-            "reward must stand in every line or in none, row 1",
+            "reward must stand in every line or in none, but row 1",
         ),
         ('{"prompt_ids": [1], "completion_ids": [2, 3], "old_logp": [-1.0]}', "1 values for 2"),
         (

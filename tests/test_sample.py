@@ -1,6 +1,7 @@
 """Responses come from exactly the scored policy, and nothing else moves."""
 
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -99,7 +100,7 @@ def test_resampling_gives_every_prompt_mixed_rewards(checkpoint):
     batch = draw(checkpoint, samples=3, reward=reward, resample=50)
     for group in range(3):
         assert len(batch.reward[batch.group == group].unique()) == 2
-    with pytest.raises(ValueError, match="every prompt was to have"):
+    with pytest.raises(ValueError, match="responses of different rewards were expected"):
         draw(checkpoint, reward=lambda *_: 1.0, resample=1)
     with pytest.raises(ValueError, match="resample needs a reward"):
         draw(checkpoint, resample=1)
@@ -116,6 +117,35 @@ def test_a_further_try_draws_other_responses(checkpoint):
     assert len(seen) == 24 and seen[:12] != seen[12:]
     first = draw(checkpoint)
     assert first.tokens.shape != batch.tokens.shape or not torch.equal(first.tokens, batch.tokens)
+
+
+class OwnPolicy(NamedTuple):
+    """What a user might write: the five attributes of a `Policy`, and no more."""
+
+    model: fp.Model
+    params: dict[str, torch.Tensor]
+    base: dict[str, torch.Tensor]
+    sampling: fp.Sampling
+    tokenizer: Any
+
+
+def test_a_named_tuple_is_a_policy(checkpoint, evaluation):
+    own = OwnPolicy(*(getattr(checkpoint, name) for name in OwnPolicy._fields))
+    assert torch.equal(draw(own).tokens, draw(checkpoint).tokens)
+    v = {name: torch.zeros_like(p) for name, p in own.params.items()}
+    options = dict(samples=1, max_new_tokens=4, seed=0)
+    truth = fp.ground_truth(own, v, 1e-3, evaluation.rows(slice(0, 2)), **options)
+    assert truth.rows == 2
+
+
+def test_token_ids_need_no_tokenizer_but_rewards_do(checkpoint):
+    fields = {name: getattr(checkpoint, name) for name in OwnPolicy._fields}
+    own = OwnPolicy(**fields | {"tokenizer": None})
+    ids = [checkpoint.tokenizer(prompt).input_ids for prompt in PROMPTS]
+    options = {"samples": 4, "max_new_tokens": 24, "seed": 1}
+    assert torch.equal(fp.rollout(own, ids, **options).tokens, draw(checkpoint).tokens)
+    with pytest.raises(ValueError, match="rewards are given to texts"):
+        fp.rollout(own, ids, reward=lambda *_: 1.0, **options)
 
 
 @contextmanager

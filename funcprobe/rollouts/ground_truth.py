@@ -1,24 +1,26 @@
-"""The shifted policy sampled: what an estimate along a line is to be held against."""
+"""The shifted policy sampled: an independent check of an estimate along a line."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calculus.blocks import evaluate
+from ..calculus.blocks import RowFn, evaluate
 from ..calculus.tree import Params, shift
 from ..language.batch import Batch, lengths
 from ..language.score import scorer
-from ..statistics.change import Estimate
+from ..statistics.results import Estimate
+from ..statistics.tables import html_table
 from ..statistics.uncertainty import by_group, standard_error
+from .policy import Policy
 from .sample import rollout
 
-UNITS = ("token", "sequence")  # the leading axis of what follows
+UNITS = ("token", "sequence")  # the leading axis of a ground truth's arrays
 
 
 class Agreement(NamedTuple):
-    """A sampled change beside an estimated one."""
+    """A sampled change beside an estimated one, in nats."""
 
     eta: float
     sampled: float
@@ -35,16 +37,22 @@ class Agreement(NamedTuple):
             f"z = {self.z:+.1f}"
         )
 
+    def _repr_html_(self) -> str:
+        columns = [f"eta = {self.eta:.3g}, per {self.per}", "sampled", "estimated", "z"]
+        sampled = f"{self.sampled:+.3e} +- {self.sampled_stderr:.1e}"
+        estimated = f"{self.estimated:+.3e} +- {self.estimated_stderr:.1e}"
+        return html_table(columns, [["", sampled, estimated, f"{self.z:+.1f}"]])
+
 
 class GroundTruth(NamedTuple):
     """Plain means over responses that each policy sampled itself, [2] per token and per sequence.
 
-    On the CPU, in float64.
+    The arrays are on the CPU, in float64.
     """
 
     eta: float
     base: Tensor  # [2] the mean at params, nats
-    value: Tensor  # [2] the mean at params + eta v, less it
+    value: Tensor  # [2] the mean at params + eta v, less `base`
     base_psi: Tensor  # [2, G] influence values by prompt
     psi: Tensor  # [2, G] those of the change
     rows: int  # responses of each policy
@@ -56,26 +64,26 @@ class GroundTruth(NamedTuple):
 
     @property
     def stderr(self) -> Tensor:
-        """[2] standard errors of `value`; the spread of the prompts, which both share, cancels."""
+        """[2] standard errors of `value`, in which the spread that both share by prompt cancels."""
         return standard_error(self.psi)
 
     def against(self, estimate: Estimate) -> Agreement:
-        """How far an estimate of other rows is from the samples, in joint standard errors.
+        """How far an estimate from other rows is from the samples, in joint standard errors.
 
-        Errors are joined prompt by prompt, which is right for the same prompts and for others;
-        with another number of prompts they are taken as independent.
+        Errors are combined prompt by prompt, which is right both for the same prompts and for
+        different ones. Where the numbers of prompts differ, the errors are taken as independent.
 
         Args:
             estimate: of the same quantity and direction, at this eta among others.
 
         Raises:
-            ValueError: the estimate has no such eta.
+            ValueError: the estimate does not hold this eta.
         """
         at = (estimate.etas - self.eta).abs() <= 1e-9 * abs(self.eta)
         if not at.any():
             raise ValueError(
-                f"ground_truth: the estimate was expected to hold eta = {self.eta:.9g}, it holds "
-                f"{estimate.etas.tolist()[:5]}. Sweep over it too."
+                f"ground_truth: the estimate was expected to hold eta = {self.eta:.9g}, but it "
+                f"holds {estimate.etas.tolist()[:5]}. Sweep over that eta too."
             )
         k, unit = int(at.nonzero()[0]), UNITS.index(estimate.per)
         mine, psi = self.psi[unit], estimate.psi[k]
@@ -95,17 +103,34 @@ class GroundTruth(NamedTuple):
         )
 
     def __str__(self) -> str:
-        each = [
-            f"{value:+.3e} +- {error:.1e} per {unit}"
-            for value, error, unit in zip(
-                self.value.tolist(), self.stderr.tolist(), UNITS, strict=True
+        changes = [f"{change} per {unit}" for unit, _, change in self._cells()]
+        return f"at eta = {self.eta:.3g} sampled {', '.join(changes)}, {self.rows} rows each"
+
+    def __repr__(self) -> str:
+        return f"GroundTruth: {self}"
+
+    def _repr_html_(self) -> str:
+        columns = ["", f"at eta = 0, {self.rows} rows", f"change at eta = {self.eta:.3g}"]
+        rows = [[f"per {unit}", base, change] for unit, base, change in self._cells()]
+        return html_table(columns, rows)
+
+    def _cells(self) -> list[tuple[str, str, str]]:
+        """For each unit its name, the base and the change, both with their standard errors."""
+        return [
+            (unit, f"{base:.4f} +- {base_error:.1e}", f"{value:+.3e} +- {error:.1e}")
+            for unit, base, base_error, value, error in zip(
+                UNITS,
+                self.base.tolist(),
+                self.base_stderr.tolist(),
+                self.value.tolist(),
+                self.stderr.tolist(),
+                strict=True,
             )
         ]
-        return f"at eta = {self.eta:.3g} sampled {', '.join(each)}, {self.rows} rows each"
 
 
 def ground_truth(
-    checkpoint,
+    policy: Policy,
     v: Params,
     eta: float,
     batch: Batch,
@@ -113,7 +138,7 @@ def ground_truth(
     samples: int,
     max_new_tokens: int,
     seed: int,
-    score: Callable | None = None,
+    score: RowFn | None = None,
     rows: int = 64,
 ) -> GroundTruth:
     r"""Samples the policies at ``params`` and ``params + eta v``, and compares mean entropies.
@@ -121,60 +146,75 @@ def ground_truth(
     .. math:: \Delta H = \frac{\sum_{i \in \eta} h_i}{\sum_{i \in \eta} T_i}
                        - \frac{\sum_{i \in 0} h_i}{\sum_{i \in 0} T_i},
 
-    per sequence the same with T = 1. No weights and no linearisation: what it has is sampling
-    error, so that it can only see a change that its `stderr` leaves visible. Both policies answer
-    the same prompts with different seeds.
+    and per sequence the same with T = 1. This uses neither weights nor a linearisation. It does
+    have sampling error, so it only shows a change that is large beside its `stderr`. Both policies
+    answer the same prompts with different seeds.
 
     Args:
-        checkpoint: from `load_checkpoint`; its sampling settings hold, top-p 1 among them.
-        v: a direction with the names and shapes of the checkpoint's params.
+        policy: a `Checkpoint`, or any `Policy`. Its sampling settings are used; top-p must be 1.
+        v: a direction with the names and shapes of the policy's params.
         eta: learning rate.
-        batch: gives the prompts and their groups: E, with each prompt as often as it has rows.
+        batch: gives the prompts and their groups, usually E. A prompt counts once for each of its
+            rows.
         samples: responses per row of the batch, of each policy.
         max_new_tokens: the longest response, as when the batch was sampled.
-        seed: of the sampler; the shifted policy has the next one.
+        seed: of the sampler. The shifted policy is sampled with the next one.
         score: ``(params, batch) -> Scores`` or `Readings`, whose second array is averaged; the
-            checkpoint's entropies if not given.
+            policy's entropies if not given.
         rows: responses generated and scored at once.
+
+    Returns:
+        The base, the change, and their influence values by prompt.
 
     Raises:
         ValueError: top-p is below 1 (the sampler's nucleus moves with the policy, an estimate's is
-            held fixed), names or shapes that do not fit; what `rollout` refuses.
+            held fixed), names or shapes do not fit, or `rollout` refuses.
     """
-    if checkpoint.sampling.top_p < 1:
+    if policy.sampling.top_p < 1:
         raise ValueError(
-            f"ground_truth: top_p = 1 was expected, not {checkpoint.sampling.top_p}. The sampler's "
-            "nucleus would move with the policy, an estimate's is held fixed: they are different "
-            "policies."
+            f"ground_truth: top_p = 1 was expected, not {policy.sampling.top_p}. The sampler's "
+            "nucleus would move with the policy, while an estimate's is held fixed, so they would "
+            "be different policies. Sample with top_p = 1."
         )
-    score = score or scorer(checkpoint.model, checkpoint.base, sampling=checkpoint.sampling)
-    length = batch.attention.sum(1) - lengths(batch)
-    prompts = [row[:n].tolist() for row, n in zip(batch.tokens, length.tolist(), strict=True)]
-    group = batch.group.cpu().repeat_interleave(samples)
-    means = []
-    for params, own_seed in (
-        (checkpoint.params, seed),
-        (shift(checkpoint.params, v, eta), seed + 1),
-    ):
+    score = score or scorer(policy.model, policy.base, sampling=policy.sampling)
+    prompts, group = _prompts(batch), batch.group.cpu().repeat_interleave(samples)
+
+    def sample(params: Params, seed: int) -> _Means:
         drawn = rollout(
-            checkpoint,
+            policy,
             prompts,
             samples=samples,
             max_new_tokens=max_new_tokens,
-            seed=own_seed,
+            seed=seed,
             params=params,
             rows=rows,
         )
         value = evaluate(score, params, drawn, rows=rows)[1]
         h = torch.where(drawn.response, value.double(), 0.0).sum(1).cpu()
-        means.append(_means(h, lengths(drawn).cpu().double(), group))
-    (base, base_psi), (moved, psi) = means
-    return GroundTruth(float(eta), base, moved - base, base_psi, psi - base_psi, len(group))
+        return _means(h, lengths(drawn).cpu().double(), group)
+
+    here = sample(policy.params, seed)
+    moved = sample(shift(policy.params, v, eta), seed + 1)
+    change, psi = moved.mean - here.mean, moved.psi - here.psi
+    return GroundTruth(float(eta), here.mean, change, here.psi, psi, len(group))
 
 
-def _means(h: Tensor, length: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Per token and per sequence: means [2], and their influence values by prompt [2, G]."""
+class _Means(NamedTuple):
+    """Means per token and per sequence, and their influence values by prompt."""
+
+    mean: Tensor  # [2]
+    psi: Tensor  # [2, G]
+
+
+def _means(h: Tensor, length: Tensor, group: Tensor) -> _Means:
+    """The means of row sums h [N] over lengths [N], and over rows."""
     size = torch.stack([length, torch.ones_like(length)])
     total = size.sum(1, keepdim=True)
     mean = h.sum() / total
-    return mean.squeeze(1), by_group((h - mean * size) / total, group)
+    return _Means(mean.squeeze(1), by_group((h - mean * size) / total, group))
+
+
+def _prompts(batch: Batch) -> Sequence[list[int]]:
+    """The token ids of each row's prompt."""
+    length = batch.attention.sum(1) - lengths(batch)
+    return [row[:n].tolist() for row, n in zip(batch.tokens, length.tolist(), strict=True)]

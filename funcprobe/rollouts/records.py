@@ -2,144 +2,168 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from ..language.batch import Batch, collate, lengths
+from transformers import PreTrainedTokenizerBase
+
+from ..language.batch import Batch, collate
 from ..language.score import Sampling
 from ..runtime.files import write_atomically
 
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or chat messages
+Tokenizer = PreTrainedTokenizerBase | None
+Record = dict[str, Any]  # what a line holds
 
-def write_batch(path, batch: Batch, *, tokenizer=None, sampling: Sampling | None = None) -> None:
+
+def write_batch(
+    path: str | Path,
+    batch: Batch,
+    *,
+    tokenizer: Tokenizer = None,
+    sampling: Sampling | None = None,
+) -> None:
     """Writes a batch as JSON lines, whole or not at all.
 
-    Each line has prompt_ids, completion_ids (a sampled EOS included) and group, whatever is known
-    of reward, advantage and old_logp (nats, one a token), the texts if a tokenizer is given, and
-    the sampling settings if they are.
+    Each line has prompt_ids, completion_ids (which include a sampled EOS) and group. It also has
+    whatever is known of reward, advantage and old_logp (nats, one a token), the texts if a
+    tokenizer is given, and the sampling settings if they are given.
     """
-    known = {
-        name: not getattr(batch, name).isnan().all() for name in ("reward", "advantage", "old_logp")
-    }
-    lines = []
-    for i, steps in enumerate(lengths(batch).tolist()):
-        row = batch.tokens[i, batch.attention[i]].tolist()
-        start = len(row) - steps
-        record = {"prompt_ids": row[:start], "completion_ids": row[start:]}
-        if tokenizer is not None:
-            record = {
-                "prompt": tokenizer.decode(row[:start]),
-                "completion": tokenizer.decode(row[start:], skip_special_tokens=True),
-            } | record
-        record["group"] = int(batch.group[i])
-        for name in ("reward", "advantage"):
-            if known[name]:
-                value = float(getattr(batch, name)[i])
-                record[name] = None if math.isnan(value) else value
-        if known["old_logp"]:
-            logp = batch.old_logp[i, :steps].tolist()
-            record["old_logp"] = None if any(map(math.isnan, logp)) else logp
-        lines.append(json.dumps(record | ({"sampling": asdict(sampling)} if sampling else {})))
-    write_atomically(path, ("\n".join(lines) + "\n").encode())
+    floats = ("reward", "advantage", "old_logp")
+    known = {name for name in floats if not getattr(batch, name).isnan().all()}
+    shared = {"sampling": asdict(sampling)} if sampling else {}
+    records = [_record(batch, i, known, tokenizer) | shared for i in range(len(batch.group))]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
-def read_batch(path, tokenizer=None) -> Batch:
+def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
     """Reads a batch from JSON lines.
 
     A line needs a prompt (``prompt_ids``, or ``prompt``: a text, or a list of chat messages) and a
-    completion (``completion_ids``, or ``completion``: a text). Texts need the tokenizer; a text
-    completion is taken to have ended with EOS unless the line says ``"truncated": true``. Optional
-    are reward, advantage, group (default: equal prompts share one) and old_logp (nats, one a
-    token, of ``completion_ids``); null stands for unknown.
+    completion (``completion_ids``, or ``completion``: a text). Texts need the tokenizer. A text
+    completion is taken to have ended with EOS unless the line says ``"truncated": true``. Reward,
+    advantage, group (by default, equal prompts share one) and old_logp (nats, one for each token of
+    ``completion_ids``) are optional; null stands for unknown.
 
     Raises:
-        ValueError: no rows, a malformed line (its number is named), a field only some lines have.
+        ValueError: there are no rows, a line is malformed (its number is named), or only some
+            lines have a field.
     """
-    records = _records(path)
+    records = _records("read_batch", path)
     prompts = [_prompt(path, i, record, tokenizer) for i, record in enumerate(records)]
     completions = [_completion(path, i, record, tokenizer) for i, record in enumerate(records)]
+    group, logp = _groups(path, records), _logps(path, records)
+    reward, advantage = (_floats(path, records, name) for name in ("reward", "advantage"))
     pad = getattr(tokenizer, "pad_token_id", None)
     try:
         return collate(
             prompts,
             completions,
             pad_id=0 if pad is None else pad,
-            **{
-                name: _field(path, records, name)
-                for name in ("group", "reward", "advantage", "old_logp")
-            },
+            group=group,
+            reward=reward,
+            advantage=advantage,
+            old_logp=logp,
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"read_batch: {path}: {error}") from error
 
 
-def read_sampling(path) -> Sampling | None:
+def read_sampling(path: str | Path) -> Sampling | None:
     """The sampling settings that the lines carry; None if they carry none.
 
     Raises:
         ValueError: lines with different settings.
     """
-    found = {json.dumps(record.get("sampling"), sort_keys=True) for record in _records(path)}
-    if len(found) > 1:
+    records = _records("read_sampling", path)
+    variants = {json.dumps(record.get("sampling"), sort_keys=True) for record in records}
+    if len(variants) > 1:
         raise ValueError(
-            f"read_sampling: {path}: one sampling setting was expected, found {found}."
+            f"read_sampling: {path}: one sampling setting was expected, but the lines hold "
+            f"{sorted(variants)}. Likely files were joined. Read them one by one."
         )
-    settings = json.loads(found.pop())
+    settings = json.loads(variants.pop())
     try:
         return None if settings is None else Sampling(**settings)
     except TypeError as error:
         raise ValueError(
-            f"read_sampling: {path}: sampling may hold temperature and top_p, found {settings}."
+            f"read_sampling: {path}: sampling may hold temperature and top_p, but it holds "
+            f"{settings}. Other settings are not part of the scored policy. Sample without them."
         ) from error
 
 
-def encode_prompt(prompt, tokenizer) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     """Token ids of a prompt: ids as they are, a text, or chat messages through the template."""
-    if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-        return list(prompt)
+    if not isinstance(prompt, str):
+        token_ids = [token for token in prompt if isinstance(token, int)]
+        if len(token_ids) == len(prompt):
+            return token_ids
     if tokenizer is None:
         raise ValueError("a prompt given as text needs a tokenizer.")
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
-    ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)
+    messages: Any = prompt
+    ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(ids["input_ids"])
 
 
-def _records(path) -> list[dict]:
+def _record(batch: Batch, i: int, known: set[str], tokenizer: Tokenizer) -> Record:
+    """What the line of row i holds, but for the sampling settings."""
+    steps = int(batch.response[i].sum())
+    row = batch.tokens[i, batch.attention[i]].tolist()
+    prompt, completion = row[: len(row) - steps], row[len(row) - steps :]
+    record: Record = {}
+    if tokenizer is not None:
+        record["prompt"] = tokenizer.decode(prompt)
+        record["completion"] = tokenizer.decode(completion, skip_special_tokens=True)
+    record |= {"prompt_ids": prompt, "completion_ids": completion, "group": int(batch.group[i])}
+    for name in ("reward", "advantage"):
+        if name in known:
+            value = float(getattr(batch, name)[i])
+            record[name] = None if math.isnan(value) else value
+    if "old_logp" in known:
+        logp = batch.old_logp[i, :steps].tolist()
+        record["old_logp"] = None if any(map(math.isnan, logp)) else logp
+    return record
+
+
+def _records(reader: str, path: str | Path) -> list[Record]:
+    """The lines' objects, for a function of that name."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"read_batch: {path} is not a text file of JSON lines: {error}") from error
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"read_batch: {path}, line {number} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"read_batch: {path}, line {number}: an object was expected.")
-        records.append(record)
-    if not records:
-        raise ValueError(f"read_batch: {path} holds no rows.")
-    return records
+        raise ValueError(f"{reader}: {path} is not a text file of JSON lines: {error}") from error
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{reader}: {path} holds no rows. JSON objects were expected, one a line.")
+    return [_parse(f"{reader}: {path}, line {n}", line) for n, line in lines]
 
 
-def _prompt(path, row: int, record: dict, tokenizer) -> list[int]:
-    prompt = record.get("prompt_ids")
-    prompt = record.get("prompt") if prompt is None else prompt
+def _parse(where: str, line: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: an object was expected, but a {type(record).__name__} arrived.")
+    return record
+
+
+def _prompt(path: str | Path, row: int, record: Record, tokenizer: Tokenizer) -> list[int]:
+    ids, prompt = record.get("prompt_ids"), record.get("prompt")
+    if ids is not None:
+        return _ids(path, row, "prompt_ids", ids)
     if prompt is None:
         raise ValueError(f"read_batch: {path}, row {row} has neither prompt_ids nor prompt.")
-    if prompt is record.get("prompt_ids"):
-        return _ids(path, row, "prompt_ids", prompt)
     try:
         return encode_prompt(prompt, tokenizer)
     except (ValueError, TypeError) as error:
         raise ValueError(f"read_batch: {path}, row {row}: {error}") from error
 
 
-def _completion(path, row: int, record: dict, tokenizer) -> list[int]:
+def _completion(path: str | Path, row: int, record: Record, tokenizer: Tokenizer) -> list[int]:
     ids = record.get("completion_ids")
     if ids is not None:
         return _ids(path, row, "completion_ids", ids)
@@ -151,25 +175,40 @@ def _completion(path, row: int, record: dict, tokenizer) -> list[int]:
     return list(ids) + ([] if record.get("truncated") else [tokenizer.eos_token_id])
 
 
-def _ids(path, row: int, name: str, ids) -> list[int]:
+def _ids(path: str | Path, row: int, name: str, ids: Any) -> list[int]:
     if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ValueError(f"read_batch: {path}, row {row}: {name} must be a list of integers.")
     return ids
 
 
-def _field(path, records: Sequence[dict], name: str) -> list | None:
-    having = [name in record for record in records]
-    if any(having) and not all(having):
-        raise ValueError(
-            f"read_batch: {path}: {name} must stand in every line or in none, "
-            f"row {having.index(False)} lacks it."
-        )
-    if not all(having):
+def _field(path: str | Path, records: Sequence[Record], name: str) -> list[Any] | None:
+    """The values of a field, which stands in every line; None if it stands in none."""
+    rows = [row for row, record in enumerate(records) if name in record]
+    if not rows:
         return None
-    if name == "group":
-        wrong = [i for i, record in enumerate(records) if type(record["group"]) is not int]
-        if wrong:
-            raise ValueError(f"read_batch: {path}, row {wrong[0]}: group must be an integer.")
-    unknown = [math.nan] * max(len(record.get("completion_ids") or []) for record in records)
-    unknown = unknown if name == "old_logp" else math.nan
-    return [unknown if record[name] is None else record[name] for record in records]
+    if len(rows) < len(records):
+        lacking = min(set(range(len(records))) - set(rows))
+        raise ValueError(
+            f"read_batch: {path}: {name} must stand in every line or in none, but row {lacking} "
+            "lacks it. Write null where it is unknown."
+        )
+    return [record[name] for record in records]
+
+
+def _groups(path: str | Path, records: Sequence[Record]) -> list[int] | None:
+    groups = _field(path, records, "group")
+    for row, group in enumerate(groups or []):
+        if type(group) is not int:
+            raise ValueError(f"read_batch: {path}, row {row}: group must be an integer.")
+    return groups
+
+
+def _floats(path: str | Path, records: Sequence[Record], name: str) -> list[float] | None:
+    values = _field(path, records, name)
+    return values and [math.nan if value is None else value for value in values]
+
+
+def _logps(path: str | Path, records: Sequence[Record]) -> list[list[float]] | None:
+    values = _field(path, records, "old_logp")
+    longest = max(len(record.get("completion_ids") or []) for record in records)
+    return values and [[math.nan] * longest if logp is None else logp for logp in values]
