@@ -233,12 +233,13 @@ def test_a_config_is_held_to_the_flags_choices(tmp_path, capsys):
     assert "per must be one of token, sequence" in capsys.readouterr().err
 
 
-def test_a_config_is_read_as_flags_are(tmp_path):
+def test_a_config_is_read_as_flags_are(tmp_path, called, capsys):
     """Where YAML would make a number in base 60 of a range, or None of an option."""
     (tmp_path / "c.yaml").write_text(
         "etas: 1:4:50\nlr: 2e-5\nmax_length: 48\noff_policy: true\nnodes: null\ndtype:\n"
     )
-    got = cli._parse(["--config", str(tmp_path / "c.yaml")])
-    assert len(cli.parse_etas(got.etas, got.lr)) == 50
-    assert (got.lr, got.max_length, got.off_policy, got.nodes) == (2e-5, 48, True, None)
-    assert got == cli.ProbeArguments(etas="1:4:50", lr=2e-5, max_length=48, off_policy=True)
+    got = called(capsys, {"config": str(tmp_path / "c.yaml")})
+    assert len(got["etas"](2e-5)) == 50
+    assert got["checkpoint"].adamw["lr"] == 2e-5
+    assert (got["max_length"], got["off_policy"], got["nodes"]) == (48, True, None)
+    assert next(iter(got["checkpoint"].params.values())).dtype == torch.float32

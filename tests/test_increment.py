@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import funcprobe as fp
 from funcprobe import RULES, Increment, increment
-from funcprobe.language.score import logp_and_entropy
+from funcprobe.language.head.softmax import logp_and_entropy
 
 mpmath.mp.dps = 60
 SIZES = [0.0, *(sign * 10.0**e for e in (-30, -12, -7, -3, -1, 0, 1, 2) for sign in (1, -1))]

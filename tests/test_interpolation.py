@@ -174,12 +174,30 @@ def test_the_roughest_output_decides(names):
 
 
 def test_an_error_small_by_chance_is_not_believed():
-    """The last node's own error vanishes; the ones before it say that it may."""
-    from funcprobe.calculus.interpolation import _tail
+    """A polynomial that the first four nodes predict exactly at the fifth, and nowhere else."""
+    seen = []
 
-    errors = torch.tensor([1.0, 0.5, 0.25, 0.125, 0.0625, 0.0], dtype=torch.float64)
-    bound, rate = _tail(errors.unsqueeze(1))
-    assert float(rate) == 0.5 and float(bound) == 0.03125
+    def visited(params, batch):
+        seen.append(float(params["t"]))
+        return params["t"].exp() * batch
+
+    batch, etas = torch.ones(1, dtype=torch.float64), torch.linspace(0, 1, 101, dtype=torch.float64)
+    fp.sweep(visited, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes=4, lanes=1)
+    nodes = list(dict.fromkeys(seen))
+    assert len(nodes) == 5 and nodes[0] == 0
+
+    def lucky(params, batch):
+        """t times a polynomial in Newton's form, whose coefficient of the fourth order is 0."""
+        t, product, total = params["t"], 1.0, 0.0
+        for node, coefficient in zip(nodes, (1.0, 1.0, 2.0, 4.0, 0.0), strict=True):
+            total = total + coefficient * product
+            product = product * (t - node)
+        return t * (total + 4 * product) * batch
+
+    got = fp.sweep(lucky, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes="auto", tol=1e-6)
+    want = torch.stack([lucky({"t": eta}, batch) for eta in etas])
+    off = (got.change - want).abs().amax(1)
+    assert (off <= got.bound + 1e-14).all() and off.max() < 1e-5
 
 
 def test_coarse_products_are_interpolated_to_what_they_hold():

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import funcprobe as fp
-from funcprobe.study.probe import checksum
+from funcprobe.runtime.serialize import checksum
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM, TopPLogitsWarper
 
 import funcprobe as fp
 from funcprobe.language.batch import targets
-from funcprobe.study.probe import checksum
+from funcprobe.runtime.serialize import checksum
 
 PROMPTS = ["3+4+5=", "9+9+9+1=", "2+2+2="]
 

@@ -9,7 +9,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 import funcprobe as fp
 import funcprobe.language.score as score_module
 from funcprobe.language.batch import lengths, trim
-from funcprobe.language.score import logp_and_entropy, nucleus
+from funcprobe.language.head.softmax import logp_and_entropy, nucleus
 
 EXACT = dict(rtol=1e-10, atol=1e-10)
 
