@@ -431,3 +431,17 @@ def test_a_precision_that_does_not_exist_or_does_not_apply():
         fp.sweep(score, case.params, v, [1e-4], batch, change="increment", matmul="fp8")
     with pytest.raises(ValueError, match="would drown"):
         fp.sweep(score, case.params, v, [1e-4], batch, matmul="bfloat16")
+
+
+def test_carriers_and_the_transformed_function_print_shapes():
+    x = torch.full((2, 3), 0.125, dtype=torch.float64)
+    shown = []
+
+    def fn(params, batch):
+        shown.append(repr(params["x"]))
+        return torch.special.erf(params["x"]) * batch
+
+    inc = increment(fn, {"x": x}, {"x": x}, matmul="tf32")
+    inc(torch.ones(2, 3))
+    assert shown == ["Increment(shape=[2, 3], dtype=torch.float64, parts=2, zero parts=0)"]
+    assert repr(inc) == "Incremented(fn, 1 tensors, matmul='tf32', fallbacks={'special_erf': 1})"

@@ -1,1 +1,1 @@
-"""One rule for each kind of operation: exact increments, power series, nested forward mode."""
+"""One rule for each operation of torch: exact increments, power series, nested forward mode."""

@@ -1,103 +1,122 @@
-"""Changes of elementwise functions, from y = f(x), x and d: f(x + d) - f(x) without cancellation.
+"""Changes of elementwise functions: f(x + d) - f(x) without cancellation.
 
-Accurate for every sign and size of d, to a few roundings of the result.
+A function here takes ``y = f(x)``, x and the change d of x. Its result is accurate to a few
+roundings of itself, for every sign and size of d.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 
 def d_exp(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of e^x, from the larger of the two values, so that nothing overflows that need not."""
+    """The change of e^x, from the larger value, so that nothing overflows unless the result does.
+
+    ``sign(d) e^max(x, x + d) (1 - e^-|d|)``.
+    """
     return -torch.sign(d) * torch.maximum(x, x + d).exp() * torch.expm1(-d.abs())
 
 
 def d_log(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of log x."""
+    """The change of log x, ``log(1 + d / x)``."""
     return torch.log1p(d / x)
 
 
 def d_sqrt(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of the square root."""
+    """The change of the square root, ``d / (sqrt(x) + sqrt(x + d))``."""
     return torch.where(d == 0, 0.0, d / (y + (x + d).sqrt()))
 
 
 def d_rsqrt(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of x^-1/2."""
+    """The change of x^-1/2, ``-d / (s s' (s + s'))`` with s and s' the two square roots."""
     s, moved = x.sqrt(), (x + d).sqrt()
     return -d / (s + moved) * y / moved
 
 
 def d_reciprocal(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of 1 / x."""
+    """The change of 1 / x, ``-d / (x (x + d))``."""
     return -d / (x * (x + d))
 
 
-def d_sigmoid(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of the sigmoid: ``s(high) s(-low) (1 - e^-|d|)``, with the sign of d."""
+def d_sigmoid(x: Tensor, d: Tensor) -> Tensor:
+    """The change of the sigmoid s: ``s(high) s(-low) (1 - e^-|d|)``, with the sign of d.
+
+    `low` and `high` are the smaller and the larger of x and x + d.
+    """
     moved = x + d
     high, low = torch.maximum(x, moved), torch.minimum(x, moved)
     return -torch.sign(d) * torch.sigmoid(high) * torch.sigmoid(-low) * torch.expm1(-d.abs())
 
 
 def d_silu(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of x s(x)."""
-    return d * torch.sigmoid(x + d) + x * d_sigmoid(y, x, d)
+    """The change of x s(x), where s is the sigmoid: ``d s(x + d) + x (s(x + d) - s(x))``."""
+    return d * torch.sigmoid(x + d) + x * d_sigmoid(x, d)
 
 
 def d_tanh(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of tanh x = 2 s(2 x) - 1."""
-    return 2 * d_sigmoid(y, 2 * x, 2 * d)
+    """The change of ``tanh x = 2 s(2 x) - 1``, where s is the sigmoid."""
+    return 2 * d_sigmoid(2 * x, 2 * d)
 
 
 def d_relu(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of max(x, 0)."""
+    """The change of max(x, 0): d itself where both values are positive."""
     both = (x > 0) & (x + d > 0)
     return torch.where(both, d, (x + d).clamp(min=0) - y)
 
 
 def d_sin(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of sin x."""
+    """The change of sin x, ``2 cos(x + d / 2) sin(d / 2)``."""
     return 2 * torch.cos(x + d / 2) * torch.sin(d / 2)
 
 
 def d_cos(y: Tensor, x: Tensor, d: Tensor) -> Tensor:
-    """Of cos x."""
+    """The change of cos x, ``-2 sin(x + d / 2) sin(d / 2)``."""
     return -2 * torch.sin(x + d / 2) * torch.sin(d / 2)
 
 
 def d_normal(x: Tensor, d: Tensor) -> Tensor:
-    """The normal distribution's change over [x, x + d]: Gauss-Legendre while the step is short."""
+    """The change of the normal distribution function, which is its density's integral over d.
+
+    A short interval is integrated by the six-point Gauss-Legendre rule. Over a long one the two
+    values are subtracted, in the tail where they are small and so exact.
+    """
     nodes = x.new_tensor([-0.9324695142031521, -0.6612093864662645, -0.2386191860831969])
     weights = (0.1713244923791704, 0.3607615730481386, 0.467913934572691)
     middle, half = x + d / 2, d / 2
-    total = 0.0
-    for node, weight in zip(nodes, weights, strict=True):
-        for t in (middle + node * half, middle - node * half):
-            total = total + weight * torch.exp(-t * t / 2)
-    short = half * total / math.sqrt(2 * math.pi)
-    # By symmetry in the tail where ndtr itself is small, and so exact.
+    integral = sum(
+        weight * torch.exp(-t * t / 2)
+        for node, weight in zip(nodes, weights, strict=True)
+        for t in (middle + node * half, middle - node * half)
+    )
+    short = half * integral / math.sqrt(2 * math.pi)
+    # The density is symmetric, so either tail serves: the one in which ndtr is small.
     far = torch.where(x + d / 2 > 0, -1.0, 1.0)
     long = far * (torch.special.ndtr(far * (x + d)) - torch.special.ndtr(far * x))
     return torch.where(d.abs() < 0.5, short, long)
 
 
 def d_logsumexp(p: Tensor, d: Tensor, dim: int) -> Tensor:
-    """Of logsumexp from p = softmax(x): its first order, and the rest by log1p."""
+    r"""The change of the logsumexp along `dim`, from the softmax p of x.
+
+    .. math:: \bar d + \log \Big(1 + \sum p \, (e^{d - \bar d} - 1)\Big), \qquad
+              \bar d = \sum p \, d.
+
+    The first order is the mean change; the rest is small, and log1p keeps its digits.
+    """
     mean = (p * d).sum(dim, keepdim=True)
     return mean + torch.log1p((p * torch.expm1(d - mean)).sum(dim, keepdim=True))
 
 
-# By the name of the operation.
-CHANGES = {
+# ``change(y, x, d)`` by the name of the operation.
+CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "exp": d_exp,
     "log": d_log,
     "sqrt": d_sqrt,
     "rsqrt": d_rsqrt,
     "reciprocal": d_reciprocal,
-    "sigmoid": d_sigmoid,
+    "sigmoid": lambda y, x, d: d_sigmoid(x, d),
     "silu": d_silu,
     "tanh": d_tanh,
     "relu": d_relu,

@@ -1,31 +1,46 @@
 r"""Exact finite increments: f(p + d) - f(p) without subtracting two large numbers.
 
 An `Increment` is a tensor x together with a change d; it stands for x and for x + d at once. Every
-operation has a rule that gives its own change from those of its arguments at full relative
-precision, as forward-mode differentiation has a rule for its derivative, but exact for finite d:
+operation has a rule that gives its change from those of its arguments at full relative precision,
+as forward-mode differentiation has a rule for its derivative, but exact for finite d:
 
 .. math:: \Delta(ab) = \Delta a \, b + (a + \Delta a) \Delta b, \qquad
           \Delta e^x = e^x (e^d - 1), \qquad \Delta x^{-1/2} = -d / (s s' (s + s')), \ s = \sqrt x.
 
-So an unmodified model runs on parameters that are Increments, and its change comes out right in
-float32 at any size of d, down to 1e-12 and below, where the difference of two float32 values is
-noise. Under `vmap` over d with x unbatched all lanes share one computation of the values.
+So an unmodified model runs on parameters that are Increments, and its change is right in float32
+at any size of d, down to 1e-12 and below, where the difference of two float32 values is noise.
+Under `vmap` over d with x unbatched all lanes share one computation of the values.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..blocks import RowFn
 from ..precision import products
 from ..tree import Params, check_direction, tree_map
-from .carrier import Carrier, Scope, find, nested_map, table, value_of
+from .carrier import (
+    Carrier,
+    Operation,
+    Rule,
+    Scope,
+    has_carrier,
+    nested_map,
+    table,
+    value_of,
+)
 from .elementwise import CHANGES, d_logsumexp, d_normal, d_reciprocal, d_rsqrt, d_sigmoid, d_sqrt
-from .linear import LINEAR
+from .linear import LINEAR, add
 from .nested_jvp import layer_norm
+
+# A value and its change. Both are tuples where an operation returns several tensors.
+Pair: TypeAlias = tuple[Any, Any]
 
 
 @dataclass
@@ -38,6 +53,8 @@ class Increments(Scope):
 class Increment(Carrier):
     """A tensor `x` and its change `d`, of one shape and dtype: ``Increment(x, d, scope)``."""
 
+    scope: Increments
+
     @property
     def x(self) -> Tensor:
         """The value."""
@@ -45,8 +62,9 @@ class Increment(Carrier):
 
     @property
     def d(self) -> Tensor:
-        """Its change."""
-        return self.parts[1] if self.parts[1] is not None else torch.zeros_like(self.x)
+        """The change of the value."""
+        (d,) = self.parts[1:]
+        return torch.zeros_like(self.x) if d is None else d
 
     @property
     def moved(self) -> Tensor:
@@ -54,92 +72,143 @@ class Increment(Carrier):
         return self.x + self.d
 
     @classmethod
-    def without_rule(cls, func, *args, **kwargs):
-        """Evaluates twice and subtracts."""
+    def without_rule(cls, func: Operation, *args: Any, **kwargs: Any) -> Pair:
+        """Evaluates the operation at both points and subtracts."""
         first = func(*nested_map(value_of, args), **nested_map(value_of, kwargs))
         moved = func(*nested_map(_moved, args), **nested_map(_moved, kwargs))
         if isinstance(first, tuple | list):
             return tuple(first), tuple(m - v for v, m in zip(first, moved, strict=True))
         if not isinstance(first, Tensor):
-            cls.refuse(f"{func.__name__} reads a changing tensor as {first!r}.")
+            cls.refuse(
+                f"a tensor was expected of every operation, but {func.__name__} reads a changing "
+                f"tensor as {first!r}. Write the function without a decision on a value, or take "
+                "the value of a fixed tensor."
+            )
         if not first.is_floating_point():
             cls.refuse(
-                f"{func.__name__} of a changing tensor gives {first.dtype}, and what follows "
-                "may jump. Give it a rule, or take it of a fixed tensor."
+                f"a floating result was expected, but {func.__name__} of a changing tensor gives "
+                f"{first.dtype}, and what follows may jump. Give it a rule, or take it of a fixed "
+                "tensor."
             )
         return first, moved - first
 
     @classmethod
-    def refuse(cls, reason: str):
+    def refuse(cls, reason: str) -> NoReturn:
         """Raises ValueError."""
         raise ValueError(f"increment: {reason}")
 
 
+@dataclass(frozen=True, repr=False)
+class Incremented:
+    """A function of rows that returns another function's value and its change; see `increment`."""
+
+    fn: RowFn
+    params: Params
+    delta: Params
+    scope: Increments
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """How often the calls so far met each operation without a rule, by name."""
+        return self.scope.fallbacks
+
+    def __call__(self, batch: Any) -> Pair:
+        """The value at the parameters and its change, two trees like the function's output."""
+        moving: Params = {
+            name: Increment(p, self.delta[name].to(p), self.scope)
+            for name, p in self.params.items()
+        }
+        out = self.fn(moving, batch)
+        return tree_map(value_of, out), tree_map(_change, out)
+
+    def __repr__(self) -> str:
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        return (
+            f"Incremented({name}, {len(self.params)} tensors, "
+            f"matmul={self.scope.matmul!r}, fallbacks={dict(self.fallbacks)})"
+        )
+
+
 def increment(
-    fn: Callable,
+    fn: RowFn,
     params: Params,
     delta: Params,
     *,
-    rules: dict | None = None,
+    rules: dict[Operation, Rule] | None = None,
     matmul: str | None = None,
-) -> Callable:
+) -> Incremented:
     """The transform: ``fn'(batch) -> (fn(params, batch), fn(params + delta, batch) - same)``.
 
-    Exact in the sense that the change has full relative precision, whatever its size, wherever
-    every operation has a rule; one without falls back to a subtraction, which is right but rounds
-    like one. The returned function's attribute ``fallbacks`` counts those, by name.
+    The change is exact in the sense that it has full relative precision, whatever its size,
+    wherever every operation has a rule. An operation without one is evaluated at both points and
+    subtracted, which is right but rounds as a difference does. The attribute ``fallbacks`` of the
+    returned function counts those operations by name.
+
+    Unlike `sweep` and `taylor`, this takes no batch. It is a transform, as those of `torch.func`
+    are: the function it returns can be called on several batches or transformed again, and its
+    `fallbacks` can be read afterwards. The verb with a batch is ``sweep(..., change="increment")``,
+    which also computes in blocks of rows.
 
     Args:
         fn: ``(params, batch) -> tree`` of tensors.
         params: the parameters.
         delta: their change, of the same names and shapes.
-        rules: a table instead of `RULES`; extend it by ``RULES | {op: rule}``. A rule gets the
-            operation and its arguments, some of them Increments, and returns (value, change).
+        rules: a table that replaces `RULES`; extend that by ``RULES | {op: rule}``. A rule gets
+            the operation and its arguments, at least one of which is an Increment, and returns
+            (value, change).
         matmul: "tf32" or "bfloat16" runs the matrix products of the changes, not of the values, in
-            that precision: each change is then good to some 1e-3 or 1e-2 of itself. Hardware
+            that precision: each change is then good to about 1e-3 or 1e-2 of itself. Hardware
             without TF32 computes in full.
 
+    Returns:
+        A function of a batch.
+
     Raises:
-        ValueError: names or shapes that do not fit, another `matmul`; where the function is called,
-            an operation whose result may jump (a comparison), or that writes a change into a fixed
-            tensor.
+        ValueError: names or shapes do not fit, or `matmul` is another precision. Where the returned
+            function is called: an operation's result may jump (a comparison), or a change is
+            written into a fixed tensor.
+
+    >>> square = increment(lambda p, x: x * p["a"] ** 2, {"a": torch.ones(())},
+    ...                    {"a": torch.tensor(1e-20)})
+    >>> [float(term) for term in square(torch.tensor(3.0))]  # 3 and 6e-20
+    [3.0, 5.999999809593135e-20]
     """
     check_direction("increment", delta, params)
     if matmul not in (None, "tf32", "bfloat16"):
-        raise ValueError(f"increment: matmul must be None, 'tf32' or 'bfloat16', not {matmul!r}.")
+        raise ValueError(
+            f"increment: matmul was expected to be None, 'tf32' or 'bfloat16', not {matmul!r}."
+        )
     scope = Increments(RULES if rules is None else rules, matmul=matmul)
-
-    def changed(batch):
-        moving = {name: Increment(p, delta[name].to(p), scope) for name, p in params.items()}
-        out = fn(moving, batch)
-        return tree_map(value_of, out), tree_map(_change, out)
-
-    changed.fallbacks = scope.fallbacks
-    return changed
+    return Incremented(fn, params, delta, scope)
 
 
 def _change(leaf: Tensor) -> Tensor:
     return leaf.d if isinstance(leaf, Increment) else torch.zeros_like(leaf)
 
 
-def _moved(leaf):
+def _moved(leaf: Any) -> Any:
     return leaf.moved if isinstance(leaf, Increment) else leaf
 
 
-# Rules of what is not linear. Each takes the operation and its arguments and returns
-# (value, change).
+# The rules of operations that are not linear. Each takes the operation and its arguments, at least
+# one of which is an Increment, and returns (value, change), or NotImplemented where it does not
+# apply.
 
 
-def _dropout(op, a, p=0.5, training=True, inplace=False):
+def _dropout(
+    op: Operation, a: Increment, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Pair:
     if training and p > 0:
-        Increment.refuse("dropout is on, so the function is random. Call eval().")
+        Increment.refuse(
+            "a function that repeats was expected, but dropout is on, so it is random. Call eval()."
+        )
     return a.x, a.d
 
 
-def _elementwise(change: Callable):
+def _elementwise(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rule:
     """A rule from ``change(y, x, d)``, with y = op(x)."""
 
-    def rule(op, a, *args, **kwargs):
+    def rule(op: Operation, a: Increment, *args: Any, **kwargs: Any) -> Pair:
         kwargs.pop("inplace", None)
         y = op(a.x, *args, **kwargs)
         return y, change(y, a.x, a.d)
@@ -147,7 +216,7 @@ def _elementwise(change: Callable):
     return rule
 
 
-def _product(op, a, b, *args, **kwargs):
+def _product(op: Operation, a: Any, b: Any, *args: Any, **kwargs: Any) -> Pair:
     """Whatever is linear in either of its two arguments."""
     x, y = value_of(a), value_of(b)
     value = op(x, y, *args, **kwargs)
@@ -158,79 +227,85 @@ def _product(op, a, b, *args, **kwargs):
     return value, op(a.d, y, *args, **kwargs) + op(a.moved, b.d, *args, **kwargs)
 
 
-def _matmul(op, a, b):
+def _matmul(op: Operation, a: Any, b: Any) -> Pair:
     """A product of matrices, whose change may be computed in lower precision."""
-    scope, x, y = find((a, b)).scope, value_of(a), value_of(b)
+    x, y = value_of(a), value_of(b)
+    precision = (a if isinstance(a, Increment) else b).scope.matmul
     terms = []
     if isinstance(a, Increment):
         terms.append((a.d, y))
     if isinstance(b, Increment):
         terms.append((_moved(a), b.d))
-    if scope.matmul == "bfloat16":
-        parts = [op(p.bfloat16(), q.bfloat16()).to(x.dtype) for p, q in terms]
+    if precision == "bfloat16":
+        changes = [op(p.bfloat16(), q.bfloat16()).to(x.dtype) for p, q in terms]
     else:
-        with products(scope.matmul) if scope.matmul else nullcontext():
-            parts = [op(p, q) for p, q in terms]
-    return op(x, y), parts[0] if len(parts) == 1 else parts[0] + parts[1]
+        with products(precision) if precision else nullcontext():
+            changes = [op(p, q) for p, q in terms]
+    return op(x, y), changes[0] if len(changes) == 1 else changes[0] + changes[1]
 
 
-def _linear(op, x, weight, bias=None):
-    value, change = (
-        _matmul(op, x, weight) if find((x, weight)) is not None else (op(x, weight), None)
-    )
+def _affine(op: Operation, x: Any, weight: Any, bias: Any = None) -> Pair:
+    """``x W' + b``, where any of the three may move."""
+    moving = has_carrier(x, weight)
+    value, change = _matmul(op, x, weight) if moving else (op(x, weight), None)
     if bias is None:
         return value, change
     if isinstance(bias, Increment):
-        change = bias.d.expand(value.shape) if change is None else change + bias.d
+        change = add(change, bias.d.expand(value.shape))
     return value + value_of(bias), change
 
 
-def _addmm(op, bias, a, b, *, beta=1, alpha=1):
-    return _linear(torch.mm, a, b, bias) if beta == alpha == 1 else NotImplemented
+def _addmm(op: Operation, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Pair:
+    return _affine(torch.mm, a, b, bias) if beta == alpha == 1 else NotImplemented
 
 
-def _divide(op, a, other, *, rounding_mode=None):
+def _divide(op: Operation, a: Any, other: Any, *, rounding_mode: str | None = None) -> Pair:
+    r""":math:`\Delta (a / b) = (\Delta a - q \Delta b) / (b + \Delta b)`, with q = a / b."""
     if rounding_mode is not None:
         return NotImplemented
-    b = other
-    x, y = value_of(a), value_of(b)
+    x, y = value_of(a), value_of(other)
     q = op(x, y)
-    if not isinstance(b, Increment):
+    if not isinstance(other, Increment):
         return q, op(a.d, y)
-    numerator = -q * b.d if not isinstance(a, Increment) else a.d - q * b.d
-    return q, numerator / b.moved
+    numerator = a.d - q * other.d if isinstance(a, Increment) else -q * other.d
+    return q, numerator / other.moved
 
 
-def _divided(op, a, other):
+def _divided(op: Operation, a: Any, other: Any) -> Pair:
+    """The operation with its arguments exchanged."""
     return _divide(lambda x, y: op(y, x), other, a)
 
 
-def _power(op, a, exponent):
-    n = exponent
-    if isinstance(a, Increment) and not isinstance(n, Tensor):
-        x, d, y = a.x, a.d, op(value_of(a), n)
-        if n == 2:
-            return y, d * (2 * x + d)
-        if n == 3:
-            return y, d * (3 * x * (x + d) + d * d)
-        if n == 0.5:
-            return y, d_sqrt(y, x, d)
-        if n == -0.5:
-            return y, d_rsqrt(y, x, d)
-        if n == -1:
-            return y, d_reciprocal(y, x, d)
-    return NotImplemented
+# ``change(y, x, d)`` of the powers that have one without cancellation.
+_POWERS: dict[float, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    2: lambda y, x, d: d * (2 * x + d),
+    3: lambda y, x, d: d * (3 * x * (x + d) + d * d),
+    0.5: d_sqrt,
+    -0.5: d_rsqrt,
+    -1: d_reciprocal,
+}
 
 
-def _clamp(op, a, min=None, max=None):
-    if find((min, max)) is not None:
+def _power(op: Operation, a: Any, exponent: Any) -> Pair:
+    if not isinstance(a, Increment) or isinstance(exponent, Tensor):
+        return NotImplemented
+    change = _POWERS.get(exponent)
+    if change is None:
+        return NotImplemented
+    y = op(a.x, exponent)
+    return y, change(y, a.x, a.d)
+
+
+def _clamp(op: Operation, a: Any, min: Any = None, max: Any = None) -> Pair:
+    """The change is d itself where neither value is clamped."""
+    if has_carrier(min, max):
         return NotImplemented
     x, d = a.x, a.d
     y, moved = op(x, min=min, max=max), op(x + d, min=min, max=max)
     return y, torch.where((y == x) & (moved == x + d), d, moved - y)
 
 
-def _amax(op, a, dim=(), keepdim=False):
+def _amax(op: Operation, a: Increment, dim: Any = (), keepdim: bool = False) -> Pair:
     """The maximum moves with the element that becomes the largest."""
     if not isinstance(dim, int):
         return NotImplemented
@@ -242,71 +317,94 @@ def _amax(op, a, dim=(), keepdim=False):
     return largest, change
 
 
-def _maximum(op, a, b):
+def _maximum(op: Operation, a: Any, b: Any) -> Pair:
+    """The larger of two values moves with the one that becomes the larger."""
     x, y = value_of(a), value_of(b)
     value = torch.maximum(x, y)
     da, db = (t.d if isinstance(t, Increment) else torch.zeros_like(value) for t in (a, b))
     return value, torch.where(x + da >= y + db, da + (x - value), db + (y - value))
 
 
-def _topk(op, a, k, dim=-1, largest=True, sorted=True):
+def _topk(
+    op: Operation, a: Increment, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> Pair:
     """Order statistics move with the elements that come to take their places."""
     value, index = op(a.x, k, dim, largest, True)
-    there = op(a.moved, k, dim, largest, True).indices
-    change = a.d.gather(dim, there) + (a.x.gather(dim, there) - value)
+    moved_index = op(a.moved, k, dim, largest, True).indices
+    change = a.d.gather(dim, moved_index) + (a.x.gather(dim, moved_index) - value)
     out = torch.return_types.topk
-    return out((value, index)), out((change, there - index))
+    return out((value, index)), out((change, moved_index - index))
 
 
-def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
-    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
-    x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
+def _cast(a: Increment, stacklevel: Any, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """x and d in the dtype that a softmax was given; torch's method takes it as third argument."""
+    dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
+    return (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
+
+
+def _softmax(
+    op: Operation, a: Increment, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None
+) -> Pair:
+    """``p (e^(d - c) - 1)``, with c the change of the logsumexp."""
+    x, d = _cast(a, _stacklevel, dtype)
     p = x.softmax(dim)
     return p, p * torch.expm1(d - d_logsumexp(p, d, dim))
 
 
-def _log_softmax(op, a, dim=None, _stacklevel=3, dtype=None):
-    dtype = _stacklevel if isinstance(_stacklevel, torch.dtype) else dtype
-    x, d = (a.x, a.d) if dtype is None else (a.x.to(dtype), a.d.to(dtype))
+def _log_softmax(
+    op: Operation, a: Increment, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None
+) -> Pair:
+    """``d - c``, with c the change of the logsumexp."""
+    x, d = _cast(a, _stacklevel, dtype)
     y = x.log_softmax(dim)
     return y, d - d_logsumexp(y.exp(), d, dim)
 
 
-def _logsumexp(op, a, dim, keepdim=False):
+def _logsumexp(op: Operation, a: Increment, dim: Any, keepdim: bool = False) -> Pair:
     if not isinstance(dim, int):
         return NotImplemented
     change = d_logsumexp(a.x.softmax(dim), a.d, dim)
     return op(a.x, dim, keepdim=keepdim), change if keepdim else change.squeeze(dim)
 
 
-def _layer_norm(op, x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """Derived: in the arithmetic of Increments themselves."""
-    change = layer_norm(x, normalized_shape, weight, bias, eps).d
+def _layer_norm(
+    op: Operation,
+    x: Any,
+    normalized_shape: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+) -> Pair:
+    """The change follows from the operation written out in the arithmetic of Increments."""
+    written: Any = layer_norm(x, normalized_shape, weight, bias, eps)
     x, weight, bias = (value_of(t) for t in (x, weight, bias))
-    return op(x, normalized_shape, weight, bias, eps), change
+    return op(x, normalized_shape, weight, bias, eps), written.d
 
 
-def _gelu(op, a, approximate="none"):
+def _gelu(op: Operation, a: Increment, approximate: str = "none") -> Pair:
+    r"""The change of x g(x), ``d g(x + d) + x (g(x + d) - g(x))``.
+
+    The gate g is the normal distribution function. Its approximation "tanh" is sigmoid(2 u), with
+    :math:`u = \sqrt{2 / \pi} \, (x + 0.044715 x^3)`.
+    """
     x, d, y = a.x, a.d, op(a.x, approximate=approximate)
     if approximate == "tanh":
-        # x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3).
         c = 2 * math.sqrt(2 / math.pi)
         u, v = c * (x + 0.044715 * x**3), x + d
         du = c * d * (1 + 0.044715 * (x * x + x * v + v * v))
-        return y, d * torch.sigmoid(u + du) + x * d_sigmoid(None, u, du)
-    normal = torch.special.ndtr(x + d)
-    return y, d * normal + x * d_normal(x, d)
+        return y, d * torch.sigmoid(u + du) + x * d_sigmoid(u, du)
+    return y, d * torch.special.ndtr(x + d) + x * d_normal(x, d)
 
 
-RULES: dict[Callable, Callable] = table(
+RULES: dict[Operation, Rule] = table(
     LINEAR
     | {name: _elementwise(change) for name, change in CHANGES.items()}
     | {
-        "detach": LINEAR["linear"],  # the change is that of the values
+        "detach": LINEAR["linear"],  # detaching stops derivatives, and a change is none
         "mul": _product,
         "matmul": _matmul,
         "rmatmul": lambda op, a, b: _matmul(torch.matmul, b, a),
-        "affine": _linear,
+        "affine": _affine,
         "addmm": _addmm,
         "div": _divide,
         "rdiv": _divided,

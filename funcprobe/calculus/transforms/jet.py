@@ -1,7 +1,7 @@
 r"""Taylor arithmetic: a function's expansion along a line, in one run through an unmodified model.
 
-A `Jet` is a truncated power series :math:`x(t) = x_0 + x_1 t + \dots + x_M t^M`. Linear operations
-act on every coefficient; products and elementwise functions by recurrences (see `series`):
+A `Jet` is a truncated power series :math:`x(t) = x_0 + x_1 t + \dots + x_M t^M`. A linear operation
+acts on every coefficient; products and elementwise functions follow recurrences (`power_series`):
 
 .. math:: (ab)_k = \sum_{i=0}^k a_i b_{k-i}, \qquad
           y = e^x: \; y_k = \frac 1 k \sum_{j=1}^k j \, x_j \, y_{k-j}.
@@ -15,34 +15,62 @@ Taylor-mode automatic differentiation for higher-order derivatives in JAX.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..tree import Params, tree_map
-from .carrier import Carrier, Scope, find, nested_map, parts_of, table, value_of
-from .linear import LINEAR
-from .nested_jvp import layer_norm, nested
-from .power_series import EXPANSIONS, Series, chain, partition, power, quotient, total
+from .carrier import (
+    Carrier,
+    Operation,
+    Rule,
+    Scope,
+    aligned,
+    first_carrier,
+    has_carrier,
+    nested_map,
+    parts_of,
+    table,
+    value_of,
+)
+from .linear import LINEAR, add, subtract
+from .nested_jvp import layer_norm, nested, silu
+from .power_series import (
+    EXPANSIONS,
+    Coefficients,
+    Expansion,
+    chain,
+    partition,
+    power,
+    quotient,
+    total,
+)
 
 
 class Bypassed(RuntimeError):
-    """The function does with a jet what no rule can meet, such as a transform of its own."""
+    """The function does something with a jet that no rule can meet, such as a transform."""
 
 
 class Jet(Carrier):
     """The coefficients of a tensor's power series: ``Jet(x_0, x_1, ..., x_M, scope)``."""
 
     @classmethod
-    def without_rule(cls, func, *args, **kwargs):
-        """By nested jvp; what is no floating tensor is that of the value."""
-        order = len(find(args, kwargs).parts) - 1
+    def without_rule(cls, func: Operation, *args: Any, **kwargs: Any) -> Any:
+        """Expands the operation by nested jvp.
+
+        Non-floating outputs are computed from the value alone.
+        """
+        order = len(first_carrier(args, kwargs).parts) - 1
         first = func(*nested_map(value_of, args), **nested_map(value_of, kwargs))
-        leaves = _listed(first)
-        smooth = [i for i, leaf in enumerate(leaves) if _moves(leaf)]
-        if any(not isinstance(leaf, Tensor | bool | int | float | list) for leaf in leaves):
-            cls.refuse(f"{func.__name__} reads a changing tensor as {type(first).__name__}.")
+        outputs = _listed(first)
+        if any(not isinstance(leaf, Tensor | bool | int | float | list) for leaf in outputs):
+            cls.refuse(
+                f"a tensor was expected of every operation, but {func.__name__} reads a changing "
+                f"tensor as {type(first).__name__}. Write the function in torch's operations."
+            )
+        smooth = [i for i, leaf in enumerate(outputs) if _is_smooth(leaf)]
         if not smooth:
             return (first,)
 
@@ -51,34 +79,37 @@ class Jet(Carrier):
             out = _listed(func(*a, **k))
             return [out[i] for i in smooth]
 
-        zero = leaves[smooth[0]].new_zeros(())
-        columns = [leaves]
-        for k, term in enumerate(nested(along, zero, torch.ones_like(zero), order)[1:], 1):
-            column = dict(zip(smooth, term, strict=True))
-            columns.append(
-                [column[i] / math.factorial(k) if i in column else None for i in range(len(leaves))]
-            )
-        return [column[0] for column in columns] if leaves[0] is first else (first, *columns[1:])
+        zero = outputs[smooth[0]].new_zeros(())
+        terms = nested(along, zero, torch.ones_like(zero), order)[1:]
+        columns = [
+            _spread([d / math.factorial(k) for d in term], smooth, len(outputs))
+            for k, term in enumerate(terms, 1)
+        ]
+        single = outputs[0] is first
+        return (first, *(column[0] if single else column for column in columns))
 
     @classmethod
-    def refuse(cls, reason: str):
+    def refuse(cls, reason: str) -> NoReturn:
         """Raises `Bypassed`."""
         raise Bypassed(f"taylor: {reason}")
 
 
-def derivatives(fn: Callable, params: Params, v: Params, order: int) -> list:
+def derivatives(fn: Callable[[Params], Any], params: Params, v: Params, order: int) -> list[Any]:
     """`fn` at the parameters, and its derivatives to `order` along `v`, each a tree like it.
 
     Raises:
         Bypassed: the function transforms its parameters, or writes them into a fixed tensor.
     """
-    if find(params) is not None:
-        Jet.refuse("these parameters are jets already.")
-    scope, none = Scope(RULES), [None] * (order - 1)
-    out = fn({name: Jet(p, v[name], *none, scope) for name, p in params.items()})
+    if has_carrier(params):
+        Jet.refuse(
+            "parameters of fixed tensors were expected, these are jets already: the function that "
+            "is expanded calls taylor itself."
+        )
+    scope, zeros = Scope(RULES), [None] * (order - 1)
+    out = fn({name: Jet(p, v[name], *zeros, scope) for name, p in params.items()})
 
-    def derivative(k: int):
-        def of(leaf):
+    def derivative(k: int) -> Callable[[Any], Tensor]:
+        def of(leaf: Any) -> Tensor:
             part = parts_of(leaf, order + 1)[k]
             return torch.zeros_like(value_of(leaf)) if part is None else math.factorial(k) * part
 
@@ -87,99 +118,119 @@ def derivatives(fn: Callable, params: Params, v: Params, order: int) -> list:
     return [tree_map(value_of, out), *(tree_map(derivative(k), out) for k in range(1, order + 1))]
 
 
-def _listed(out) -> list:
+def _listed(out: Any) -> list[Any]:
     return list(out) if isinstance(out, tuple | list) else [out]
 
 
-def _moves(leaf) -> bool:
+def _is_smooth(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex())
 
 
-def _horner(leaf, t: Tensor):
-    """The series at t."""
+def _spread(column: Sequence[Tensor], places: Sequence[int], count: int) -> list[Tensor | None]:
+    """A list of `count` that holds the column at its places and None elsewhere."""
+    by_place = dict(zip(places, column, strict=True))
+    return [by_place.get(i) for i in range(count)]
+
+
+def _horner(leaf: Any, t: Tensor) -> Any:
+    """The series at t, by Horner's rule."""
     if not isinstance(leaf, Jet):
         return leaf
-    out = leaf.parts[-1]
-    for part in leaf.parts[-2::-1]:
-        out = part if out is None else out * t if part is None else out * t + part
+    value, *others = leaf.parts
+    out: Tensor | None = None
+    for part in (*reversed(others), value):
+        out = add(None if out is None else out * t, part)
     return out
 
 
-# Rules. Each takes the operation and its arguments and returns the coefficients of the result.
+# The rules of operations that are not linear. Each takes the operation and its arguments, at least
+# one of which is a Jet, and returns the coefficients of the result, or NotImplemented where it does
+# not apply.
 
 
-def _product(op, a, b):
-    count = len(find((a, b)).parts)
-    a, b = parts_of(a, count), parts_of(b, count)
-    products = (total((1, a[i], b[k - i]) for i in range(k + 1)) for k in range(1, count))
+def _product(op: Operation, a: Any, b: Any) -> Coefficients:
+    a, b = aligned(a, b)
+    products = (total((1, a[i], b[k - i]) for i in range(k + 1)) for k in range(1, len(a)))
     return op(a[0], b[0]), *products
 
 
-def _matrices(op, a: Series, b: Series, k: int, inner: int) -> Tensor | None:
-    """The k-th coefficient of a product of matrices, whose `inner` axis of b is summed over."""
-    pairs = [(a[i], b[k - i]) for i in range(k + 1)]
-    pairs = [(p, q) for p, q in pairs if p is not None and q is not None]
-    if len(pairs) < 2:
-        return op(*pairs[0]) if pairs else None
-    p, q = a[0], b[0]
-    if p.ndim > 1 and q.ndim > 1 and q.shape[inner] < q.shape[-3 - inner]:
-        # Where the factors are thinner than their product, as LoRA's: one product of all of them.
+def _matrices(op: Operation, a: Coefficients, b: Coefficients, k: int, inner: int) -> Tensor | None:
+    """The k-th coefficient of a product of matrices, which sums over the `inner` axis of b."""
+    factors = ((a[i], b[k - i]) for i in range(k + 1))
+    pairs = [(p, q) for p, q in factors if p is not None and q is not None]
+    if not pairs:
+        return None
+    if len(pairs) > 1 and _is_thin(a[0], b[0], inner):
         left, right = zip(*pairs, strict=True)
         return op(torch.cat(left, -1), torch.cat(right, inner))
-    return sum((op(p, q) for p, q in pairs[1:]), start=op(*pairs[0]))
-
-
-def _matmul(op, a, b):
-    count = len(find((a, b)).parts)
-    a, b = parts_of(a, count), parts_of(b, count)
-    return op(a[0], b[0]), *(_matrices(op, a, b, k, -2) for k in range(1, count))
-
-
-def _affine(op, x, weight, bias=None, inner=-1):
-    count = len(find((x, weight, bias)).parts)
-    x, weight, bias = (parts_of(t, count) for t in (x, weight, bias))
-    first = op(x[0], weight[0], bias[0])
-    out = [first]
-    for k in range(1, count):
-        term, b = _matrices(op, x, weight, k, inner), bias[k]
-        if b is not None:
-            term = b.expand(first.shape) if term is None else term + b
-        out.append(term)
+    out = op(*pairs[0])
+    for p, q in pairs[1:]:
+        out = out + op(p, q)
     return out
 
 
-def _addmm(op, bias, a, b, *, beta=1, alpha=1):
+def _is_thin(p: Tensor, q: Tensor, inner: int) -> bool:
+    """Whether matrices are thinner than their product, as LoRA's are.
+
+    The terms of a coefficient are then one product of all the matrices side by side.
+    """
+    return p.ndim > 1 and q.ndim > 1 and q.shape[inner] < q.shape[-3 - inner]
+
+
+def _matmul(op: Operation, a: Any, b: Any) -> Coefficients:
+    a, b = aligned(a, b)
+    return op(a[0], b[0]), *(_matrices(op, a, b, k, -2) for k in range(1, len(a)))
+
+
+def _affine(op: Operation, x: Any, weight: Any, bias: Any = None, inner: int = -1) -> Coefficients:
+    """``x W' + b``, where any of the three may move."""
+    x, weight, bias = aligned(x, weight, bias)
+    first = op(x[0], weight[0], bias[0])
+
+    def coefficient(k: int) -> Tensor | None:
+        shift = None if bias[k] is None else bias[k].expand(first.shape)
+        return add(_matrices(op, x, weight, k, inner), shift)
+
+    return first, *(coefficient(k) for k in range(1, len(x)))
+
+
+def _addmm(
+    op: Operation, bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1
+) -> Coefficients:
     if not beta == alpha == 1:
         return NotImplemented
     return _affine(lambda x, w, c=None: x @ w if c is None else op(c, x, w), a, b, bias, inner=-2)
 
 
-def _divide(op, a, other, *, rounding_mode=None):
+def _divide(op: Operation, a: Any, other: Any, *, rounding_mode: str | None = None) -> Coefficients:
     if rounding_mode is not None:
         return NotImplemented
-    count = len(find((a, other)).parts)
-    a, b = parts_of(a, count), parts_of(other, count)
+    a, b = aligned(a, other)
     return quotient(a, b, op(a[0], b[0]))
 
 
-def _divided(op, a, other):
+def _divided(op: Operation, a: Any, other: Any) -> Coefficients:
+    """The operation with its arguments exchanged."""
     return _divide(lambda x, y: op(y, x), other, a)
 
 
-def _elementwise(expand: Callable[[Tensor, Series], Series]):
+def _elementwise(expand: Expansion) -> Rule:
     return lambda op, a: expand(op(a.parts[0]), a.parts)
 
 
-def _power(op, a, n):
+def _power(op: Operation, a: Any, n: Any) -> Coefficients:
     if not isinstance(a, Jet) or not isinstance(n, int | float):
         return NotImplemented
     return power(n, op(a.parts[0], n), a.parts)
 
 
-def _derived(written: Callable):
-    """A rule from the operation written out in others; the value is its own, to the last bit."""
+def _derived(written: Callable[..., Any]) -> Rule:
+    """A rule from the operation written out in others.
 
-    def rule(op, *args, **kwargs):
+    The value is still the operation's, to the last bit.
+    """
+
+    def rule(op: Operation, *args: Any, **kwargs: Any) -> Coefficients:
         kwargs.pop("inplace", None)
         first = op(*nested_map(value_of, args), **nested_map(value_of, kwargs))
         return first, *written(*args, **kwargs).parts[1:]
@@ -187,72 +238,84 @@ def _derived(written: Callable):
     return rule
 
 
-def _silu(a, inplace=False):
-    return a * torch.sigmoid(a)
-
-
-def _gelu(a, approximate="none"):
+def _gelu(a: Any, approximate: str = "none") -> Tensor:
+    """x times the normal distribution function, or its approximation by tanh."""
     if approximate == "tanh":
         return 0.5 * a * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3)))
-    density = (torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)).parts
-    x = a.parts
+    written: Any = torch.exp(-0.5 * a * a) / math.sqrt(2 * math.pi)
+    x, density = a.parts, written.parts
     below = [chain(x, density, k) for k in range(1, len(x))]
     return a * Jet(torch.special.ndtr(x[0]), *below, a.scope)
 
 
-def _chosen(inside: Callable[[Tensor, Tensor], Tensor]):
-    """A rule for what is the identity where ``inside(y, x)``, and elsewhere constant."""
+def _chosen(inside: Callable[[Tensor, Tensor], Tensor]) -> Rule:
+    """A rule for an operation that is the identity where ``inside(y, x)``, elsewhere constant."""
 
-    def rule(op, a, *args, **kwargs):
-        if find(args, kwargs) is not None:
+    def rule(op: Operation, a: Any, *args: Any, **kwargs: Any) -> Coefficients:
+        if has_carrier(args, kwargs):
             return NotImplemented
         kwargs.pop("inplace", None)
-        y = op(a.parts[0], *args, **kwargs)
-        keep = inside(y, a.parts[0])
-        return y, *(c if c is None else torch.where(keep, c, 0.0) for c in a.parts[1:])
+        x, *others = a.parts
+        y = op(x, *args, **kwargs)
+        keep = inside(y, x)
+        return y, *(None if c is None else torch.where(keep, c, 0.0) for c in others)
 
     return rule
 
 
-def _amax(op, a, dim=(), keepdim=False):
+def _amax(op: Operation, a: Jet, dim: Any = (), keepdim: bool = False) -> Coefficients:
+    """The maximum has the derivatives of the element that is the largest."""
     if not isinstance(dim, int):
         return NotImplemented
     first, index = a.parts[0].max(dim, keepdim=True)
-    out = [first, *(c if c is None else c.gather(dim, index) for c in a.parts[1:])]
-    return out if keepdim else [c if c is None else c.squeeze(dim) for c in out]
+    others = [None if c is None else c.gather(dim, index) for c in a.parts[1:]]
+    return (first, *others) if keepdim else (first.squeeze(dim), *_squeezed(others, dim))
 
 
-def _dropout(op, a, p=0.5, training=True, inplace=False):
+def _squeezed(parts: Sequence[Tensor | None], dim: int) -> list[Tensor | None]:
+    return [None if c is None else c.squeeze(dim) for c in parts]
+
+
+def _dropout(
+    op: Operation, a: Jet, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
     return a * op(torch.ones_like(a.parts[0]), p, training) if training and p > 0 else a.parts
 
 
-def _cast(a: Jet, stacklevel, dtype) -> Series:
+def _cast(a: Jet, stacklevel: Any, dtype: torch.dtype | None) -> Coefficients:
+    """Coefficients in the dtype that a softmax was given; torch's method takes it as third."""
     dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
-    return [c if c is None or dtype is None else c.to(dtype) for c in a.parts]
+    if dtype is None:
+        return a.parts
+    return a.parts[0].to(dtype), *(None if c is None else c.to(dtype) for c in a.parts[1:])
 
 
-def _softmax(op, a, dim=None, _stacklevel=3, dtype=None):
+def _softmax(
+    op: Operation, a: Jet, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None
+) -> Coefficients:
     x = _cast(a, _stacklevel, dtype)
     return partition(x[0].softmax(dim), x, dim)[0]
 
 
-def _log_softmax(op, a, dim=None, _stacklevel=3, dtype=None):
+def _log_softmax(
+    op: Operation, a: Jet, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None
+) -> Coefficients:
+    """``x - L``, with L the logsumexp."""
     x = _cast(a, _stacklevel, dtype)
     y = x[0].log_softmax(dim)
-    _, log = partition(y.exp(), x, dim)
-    pairs = list(zip(x, log, strict=True))[1:]
-    return y, *(c if t is None else -t.expand(y.shape) if c is None else c - t for c, t in pairs)
+    log = [None if c is None else c.expand(y.shape) for c in partition(y.exp(), x, dim)[1]]
+    return y, *(subtract(x[k], log[k]) for k in range(1, len(x)))
 
 
-def _logsumexp(op, a, dim, keepdim=False):
+def _logsumexp(op: Operation, a: Jet, dim: Any, keepdim: bool = False) -> Coefficients:
     if not isinstance(dim, int):
         return NotImplemented
-    _, log = partition(a.parts[0].softmax(dim), a.parts, dim)
-    log = [t if t is None or keepdim else t.squeeze(dim) for t in log]
+    log = partition(a.parts[0].softmax(dim), a.parts, dim)[1]
+    log = log if keepdim else _squeezed(log, dim)
     return op(a.parts[0], dim, keepdim=keepdim), *log[1:]
 
 
-RULES: dict[Callable, Callable] = table(
+RULES: dict[Operation, Rule] = table(
     LINEAR
     | {name: _elementwise(expand) for name, expand in EXPANSIONS.items()}
     | {
@@ -265,7 +328,7 @@ RULES: dict[Callable, Callable] = table(
         "div": _divide,
         "rdiv": _divided,
         "pow": _power,
-        "silu": _derived(_silu),
+        "silu": _derived(silu),
         "gelu": _derived(_gelu),
         "relu": _chosen(lambda y, x: x > 0),
         "clamp": _chosen(lambda y, x: y == x),
@@ -275,6 +338,8 @@ RULES: dict[Callable, Callable] = table(
         "log_softmax": _log_softmax,
         "logsumexp": _logsumexp,
         "layer_norm": _derived(layer_norm),
-        "_make_dual": lambda *args, **kwargs: Jet.refuse("the function calls jvp itself."),
+        "_make_dual": lambda *args, **kwargs: Jet.refuse(
+            "a function without transforms was expected, this one calls jvp itself."
+        ),
     }
 )

@@ -1,6 +1,7 @@
 """Derivatives along a line by nested forward mode: torch's own rules, order upon order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,42 +12,41 @@ from torch.overrides import TorchFunctionMode
 from ..tree import concrete
 
 
-def nested(fn: Callable, at, v, order: int) -> list:
-    """``fn`` at a tree of tensors, and its derivatives to `order` along `v`, each a tree like it.
+def nested(fn: Callable[[Any], Any], at: Any, v: Any, order: int) -> list[Any]:
+    """`fn` at a tree of tensors, and its derivatives to `order` along `v`, each a tree like it.
 
-    Each order costs twice the one before or more.
+    Every order costs at least twice the one before.
     """
-
-    def terms(p):
-        return [fn(p)]
-
-    # In `at` itself, not in a t of at + t v: torch would carry zero tangents of every constant
-    # that t meets.
-    for _ in range(order):
-        terms = _one_more(terms, v)
     with Nestable():
-        return terms(at)
+        return _expanded(fn, v, order)(at)
 
 
-def _one_more(terms: Callable, v) -> Callable:
-    """From a function that gives f to its m-th derivative along v, the same to the next."""
+def _expanded(fn: Callable[[Any], Any], v: Any, order: int) -> Callable[[Any], list[Any]]:
+    """A function of the point that returns `fn` there and its derivatives to `order` along v."""
+    if order == 0:
+        return lambda point: [fn(point)]
+    lower = _expanded(fn, v, order - 1)
 
-    def longer(p) -> list:
-        values, slopes = jvp(terms, (p,), (v,))
+    def terms(point: Any) -> list[Any]:
+        # Differentiate with respect to the point directly. A scalar t, as in at + t v, would attach
+        # zero tangents to every constant that it meets.
+        values, slopes = jvp(lower, (point,), (v,))[:2]
         return [*values, slopes[-1]]
 
-    return longer
+    return terms
 
 
 class Nestable(TorchFunctionMode):
-    """Within this mode nested forward mode is right, and a frozen linear costs what it should.
+    """A mode in which nested forward mode is right, and a frozen linear costs what it should.
 
-    torch's fused layer norm has a wrong second derivative under nested jvp, and its silu none in
-    some paths; both are written out in plain operations. A linear map with a frozen weight would
-    multiply that weight's zero tangent.
+    Under nested jvp, torch's fused layer norm has a wrong second derivative, and its silu has none
+    in some paths. Both are written out in plain operations here. A linear map with a frozen weight
+    would multiply that weight's zero tangent, so it is replaced too.
     """
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Replaces an operation on tensors that a transform tracks."""
         kwargs = kwargs or {}
         replacement = _REPLACED.get(func)
@@ -56,7 +56,7 @@ class Nestable(TorchFunctionMode):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """x W^T. Linear in x, so its jvp is itself, which nests to any order."""
+    """x W^T. It is linear in x, so its jvp is the map itself, which nests to any order."""
 
     generate_vmap_rule = True
 
@@ -65,16 +65,16 @@ class _FrozenLinear(torch.autograd.Function):
         return F.linear(x, weight)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_forward(inputs[1])
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def jvp(ctx, dx: Tensor, _) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor, _: Any) -> Tensor:
         return _FrozenLinear.apply(dx, ctx.saved_tensors[0])
 
     @staticmethod
-    def backward(ctx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy @ ctx.saved_tensors[0], None
 
 
@@ -85,7 +85,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def layer_norm(x: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
     """F.layer_norm written out in plain operations, which every transform knows."""
     dims = tuple(range(-len(normalized_shape), 0))
     centred = x - x.mean(dims, keepdim=True)
@@ -94,21 +100,22 @@ def layer_norm(x: Tensor, normalized_shape, weight=None, bias=None, eps: float =
     return y if bias is None else y + bias
 
 
-def _silu(x: Tensor, inplace: bool = False) -> Tensor:
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """F.silu written out in plain operations, and never in place."""
     return x * torch.sigmoid(x)
 
 
-def _times(x: Tensor, other) -> Tensor:
-    # By a number as such: as a tensor of one element it would carry a zero tangent.
+def _times(x: Tensor, other: Any) -> Tensor:
+    # A number is passed on as a number: as a tensor of one element it would carry a zero tangent.
     if isinstance(other, int | float):
         return torch.ops.aten.mul.Scalar(x, other)
     return torch.mul(x, other)
 
 
-_REPLACED = {
+_REPLACED: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: _linear,
     F.layer_norm: layer_norm,
-    F.silu: _silu,
+    F.silu: silu,
     torch.mul: _times,
     Tensor.mul: _times,
     Tensor.__mul__: _times,

@@ -1,6 +1,6 @@
 r"""Recurrences of power series: the coefficients of f(x(t)) from those of x(t).
 
-Whatever obeys a differential equation :math:`y' = g x'` has, with its own coefficients in g,
+Where y obeys a differential equation :math:`y' = g x'`, its coefficients follow from those of g,
 
 .. math:: y_k = \frac 1 k \sum_{j=1}^k j \, x_j \, g_{k-j}.
 
@@ -9,14 +9,19 @@ Griewank and Walther, Evaluating Derivatives, table 13.2.
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import TypeAlias
 
 from torch import Tensor, addcmul
 
-Series = Sequence[Tensor | None]  # the coefficients of t^0, t^1, ...; None is zero
+# The coefficients of t^0, t^1, ...: the value first. None stands for a coefficient of zero.
+Coefficients: TypeAlias = tuple[Tensor, *tuple[Tensor | None, ...]]
+
+# ``(w, a, b)`` stands for the product w a b, which is zero where a or b is.
+Term: TypeAlias = tuple[float, Tensor | None, Tensor | None]
 
 
-def total(terms: Iterable[tuple], start: Tensor | None = None) -> Tensor | None:
-    """``start + sum of w a b`` over the (w, a, b) without a zero; None if nothing is left."""
+def total(terms: Iterable[Term], start: Tensor | None = None) -> Tensor | None:
+    """``start`` plus the sum of the terms; None if all of them are zero."""
     for w, a, b in terms:
         if a is None or b is None:
             continue
@@ -29,93 +34,111 @@ def total(terms: Iterable[tuple], start: Tensor | None = None) -> Tensor | None:
     return start
 
 
-def squares(y: Series, k: int, w: float = 1.0) -> list[tuple]:
-    """The terms of the k-th coefficient of ``w y^2``."""
+def squares(y: Coefficients, k: int, w: float = 1.0) -> list[Term]:
+    """The terms of the k-th coefficient of ``w y^2``, each product once."""
     return [(w if 2 * i == k else 2 * w, y[i], y[k - i]) for i in range(k // 2 + 1)]
 
 
-def chain(x: Series, g: Series, k: int) -> Tensor | None:
+def chain(x: Sequence[Tensor | None], g: Sequence[Tensor | None], k: int) -> Tensor | None:
     """The k-th coefficient of a y with ``y' = g x'``."""
     return total((j / k, x[j], g[k - j]) for j in range(k, 0, -1))
 
 
-def quotient(a: Series, b: Series, y: Tensor) -> Series:
-    """``a / b``, from its value y: the coefficients of ``y b = a``."""
-    y = [y]
+def quotient(a: Coefficients, b: Coefficients, y0: Tensor) -> Coefficients:
+    """``y = a / b`` from its value `y0`, by the coefficients of ``y b = a``."""
+    y: Coefficients = (y0,)
     for k in range(1, len(a)):
         top = total(((-1, b[j], y[k - j]) for j in range(1, k + 1)), start=a[k])
-        y.append(None if top is None else top / b[0])
+        y = (*y, None if top is None else top / b[0])
     return y
 
 
-def power(n: float, y: Tensor, x: Series) -> Series:
-    """``y = x^n``, by ``y' = n x^(n-1) x'``, which divides by nothing."""
-    rest = range(1, len(x))
+def power(n: float, y0: Tensor, x: Coefficients) -> Coefficients:
+    """``y = x^n`` from its value `y0`, by ``y' = n x^(n-1) x'``, which divides by nothing."""
+    orders = range(1, len(x))
     if n == 2:
-        return y, *(total(squares(x, k)) for k in rest)
+        return y0, *(total(squares(x, k)) for k in orders)
     if len(x) == 1 or n == 0:
-        return y, *(None for _ in rest)
-    slope = [c if c is None else n * c for c in power(n - 1, x[0] ** (n - 1), x[:-1])]
-    return y, *(chain(x, slope, k) for k in rest)
+        return y0, *(None for _ in orders)
+    below = power(n - 1, x[0] ** (n - 1), (x[0], *x[1:][:-1]))
+    slope: Coefficients = (n * below[0], *(None if c is None else n * c for c in below[1:]))
+    return y0, *(chain(x, slope, k) for k in orders)
 
 
-def partition(p: Tensor, x: Series, dim: int) -> tuple[Series, Series]:
-    """The softmax p and, but for L_0, the logsumexp L: ``L' = sum p x'``, ``p' = p (x' - L')``."""
-    p, log = [p], [None]
+def partition(
+    p0: Tensor, x: Coefficients, dim: int
+) -> tuple[Coefficients, Sequence[Tensor | None]]:
+    """The softmax p from its value `p0`, and the logsumexp L.
+
+    They obey ``L' = sum p x'`` and ``p' = p (x' - L')``. L's value is not computed: None stands in
+    its place.
+    """
+    p: Coefficients = (p0,)
+    log: list[Tensor | None] = [None]
     for k in range(1, len(x)):
         both = chain(x, p, k)
         log.append(None if both is None else both.sum(dim, keepdim=True))
         terms = ((-j / k, p[k - j], log[j]) for j in range(1, k + 1))
-        p.append(total(terms, start=both))
+        p = (*p, total(terms, start=both))
     return p, log
 
 
-def _obeys(g: Callable[[Series, int], Tensor | None]):
-    """The expansion of a y with ``y' = g x'``, from ``g(y, k)``, its k-th coefficient."""
+# ``expand(y0, x)``: the coefficients of y from its value and those of x.
+Expansion: TypeAlias = Callable[[Tensor, Coefficients], Coefficients]
 
-    def expand(y: Tensor, x: Series) -> Series:
-        y, slope = [y], []
+
+def _obeys(g: Callable[[Coefficients, int], Tensor | None]) -> Expansion:
+    """The expansion of a y with ``y' = g x'``, where ``g(y, k)`` is the k-th coefficient of g.
+
+    It may use y's coefficients to the k-th.
+    """
+
+    def expand(y0: Tensor, x: Coefficients) -> Coefficients:
+        y: Coefficients = (y0,)
+        slope: tuple[Tensor | None, ...] = ()
         for k in range(1, len(x)):
-            slope.append(g(y, k - 1))
-            y.append(chain(x, slope, k))
+            slope = (*slope, g(y, k - 1))
+            y = (*y, chain(x, slope, k))
         return y
 
     return expand
 
 
-def _one(y: Tensor, k: int) -> Tensor | None:
-    return y.new_ones(()) if k == 0 else None
+def _one(y: Coefficients, k: int) -> Tensor | None:
+    return y[0].new_ones(()) if k == 0 else None
 
 
-def _log(y: Tensor, x: Series, shift: float = 0.0) -> Series:
-    """Of ``log(shift + x)``: the coefficients of ``(shift + x) y' = x'``."""
-    y, bottom = [y], x[0] + shift
+def _log(y0: Tensor, x: Coefficients, shift: float = 0.0) -> Coefficients:
+    """``y = log(shift + x)``, by the coefficients of ``(shift + x) y' = x'``."""
+    y: Coefficients = (y0,)
+    bottom = x[0] + shift
     for k in range(1, len(x)):
         top = total(((-j / k, y[j], x[k - j]) for j in range(1, k)), start=x[k])
-        y.append(None if top is None else top / bottom)
+        y = (*y, None if top is None else top / bottom)
     return y
 
 
-def _wave(slope: Callable[[Tensor], Tensor]):
-    """Of sine or cosine, whose slope's slope is minus itself."""
+def _wave(slope: Callable[[Tensor], Tensor]) -> Expansion:
+    """The expansion of sine or cosine, whose second derivative is minus itself."""
 
-    def expand(y: Tensor, x: Series) -> Series:
-        y, g = [y], [slope(x[0])]
+    def expand(y0: Tensor, x: Coefficients) -> Coefficients:
+        y: Coefficients = (y0,)
+        g: Coefficients = (slope(x[0]),)
         for k in range(1, len(x)):
-            y.append(chain(x, g, k))
+            y = (*y, chain(x, g, k))
             back = chain(x, y, k)
-            g.append(None if back is None else -back)
+            g = (*g, None if back is None else -back)
         return y
 
     return expand
 
 
-# By the name of the operation, from its value y and the series x.
-EXPANSIONS = {
+# By the name of the operation.
+EXPANSIONS: dict[str, Expansion] = {
     "exp": _obeys(lambda y, k: y[k]),
     "expm1": _obeys(lambda y, k: y[0] + 1 if k == 0 else y[k]),
     "sigmoid": _obeys(lambda y, k: total(squares(y, k, -1), start=y[k])),
-    "tanh": _obeys(lambda y, k: total(squares(y, k, -1), start=_one(y[0], k))),
+    "tanh": _obeys(lambda y, k: total(squares(y, k, -1), start=_one(y, k))),
     "log": _log,
     "log1p": partial(_log, shift=1.0),
     "sin": _wave(Tensor.cos),
