@@ -272,7 +272,7 @@ def test_a_value_a_sequence_stands_once_in_its_row_and_does_not_move(change):
 def test_an_unknown_value_is_refused():
     case, batch = cases.case(), cases.batch(reward=None)
     fn = fp.with_value(fp.scorer(case.model, case.base), lambda b: b.reward)
-    with pytest.raises(ValueError, match="lacks a field"):
+    with pytest.raises(ValueError, match="with_value: the value is nan in 7 of these 8 rows"):
         fp.evaluate(fn, case.params, batch)
 
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import funcprobe as fp
 import funcprobe.language.score as score_module
-from funcprobe.language.head.rematerialise import recompute
+from funcprobe.language.head.rematerialise import rematerialise
 from funcprobe.language.packing import by_row
 
 TIGHT = dict(rtol=1e-10, atol=1e-12)
@@ -251,7 +251,7 @@ def test_a_function_of_several_inputs_recomputed_and_vmapped_over_some():
         return sum(y.pow(2).sum() for y in both(x, w))
 
     def ours(x, w):
-        return sum(y.pow(2).sum() for y in recompute(both, x, w))
+        return sum(y.pow(2).sum() for y in rematerialise(both, x, w))
 
     for dims in ((0, None), (1, None), (2, 1)):
         lanes = x.movedim(0, dims[0])

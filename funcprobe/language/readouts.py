@@ -1,9 +1,10 @@
 """Readouts: numbers a scorer reads off each next-token distribution, one short function each.
 
-A readout is any function ``(logits [T, V], target [T]) -> [T]`` of the logits that the sampling
-settings give, -inf outside the nucleus; with ``scorer(reference=)`` it gets the logits there as a
-third argument. `expected_kl` needs them, the others do without. All are finite at -inf logits in
-value and in every derivative, and each of their operations has an increment rule.
+A readout is any function ``(logits [T, V], target [T]) -> [T]``. The scorer has already divided the
+logits by the temperature and set them to -inf outside the nucleus. With ``scorer(reference=)`` the
+readout gets the reference's logits as a third argument, which `expected_kl` needs and the others do
+not take. All readouts here are finite at logits of -inf, in value and in every derivative, and each
+of their operations has an increment rule.
 """
 
 import math
@@ -12,12 +13,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-_LEAST = -1e4  # e^-10000 is exactly 0 in float64, and the clamp stops the tangent of an infinity
+from .head.softmax import LEAST
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """Log-softmax in nats, [..., V], finite: a logit of -inf has about -1e4, and no derivative."""
-    z = (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=_LEAST)
+    """Log-softmax in nats, [..., V], always finite.
+
+    A logit of -inf gets a log-probability of about -1e4 and no derivative.
+    """
+    z = (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=LEAST)
     return z - z.exp().sum(-1, keepdim=True).log()
 
 
@@ -31,20 +35,22 @@ def top_probability(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, target: Tensor) -> Tensor:
-    """The log-probability of the likeliest token over the second, [T] nats.
+    """How far the likeliest token's log-probability lies above the second's, [T] nats.
 
-    1e4 where only one token is possible.
+    It is 1e4 where only one token is possible.
 
     >>> margin(torch.tensor([[5.0, 3.0, 3.5]]), torch.tensor([0]))
     tensor([1.5000])
     """
-    z = (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=_LEAST)
+    z = (logits - logits.detach().amax(-1, keepdim=True)).clamp(min=LEAST)
     first, second = z.topk(2, -1).values.unbind(-1)
     return first - second
 
 
 def collision_probability(logits: Tensor, target: Tensor) -> Tensor:
-    """The probability that two draws agree, ``sum_y p_y^2``, [T]; minus its log: Renyi-2 entropy.
+    """The probability that two draws agree, ``sum_y p_y^2``, [T].
+
+    Minus its logarithm is the Renyi entropy of order 2.
 
     >>> collision_probability(torch.zeros(1, 4), torch.tensor([0]))
     tensor([0.2500])
@@ -53,10 +59,13 @@ def collision_probability(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def tail_mass(k: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """The readout of the probability outside the k likeliest tokens, [T]; it sorts V.
+    """A readout of the probability outside the k likeliest tokens, [T]. It sorts the vocabulary.
 
-    Summed from the tail itself, so that a tiny one is exact; it has a kink where the k-th and the
-    next token change places.
+    The tail itself is summed, so that a tiny tail is exact. The readout has a kink where the k-th
+    and the next token change places.
+
+    Args:
+        k: how many of the likeliest tokens are left out.
 
     Raises:
         ValueError: k is below 1.
@@ -65,7 +74,9 @@ def tail_mass(k: int) -> Callable[[Tensor, Tensor], Tensor]:
     tensor([0.2500])
     """
     if k < 1:
-        raise ValueError(f"tail_mass: k must be at least 1, not {k}. It counts the tokens kept.")
+        raise ValueError(
+            f"tail_mass: k must be at least 1, not {k}. It counts the likeliest tokens."
+        )
 
     def readout(logits: Tensor, target: Tensor) -> Tensor:
         lp = log_probabilities(logits)
@@ -75,10 +86,10 @@ def tail_mass(k: int) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def eos_probability(eos_id: int | Sequence[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The readout of the probability that the response ends here, [T].
+    """A readout of the probability that the response ends here, [T].
 
     Args:
-        eos_id: the id that ends a response, or the ids.
+        eos_id: the id of the token that ends a response, or the ids of several.
 
     >>> eos_probability(2)(torch.tensor([[1.0, 2.0, 1.0]]).log(), torch.tensor([0]))
     tensor([0.2500])
@@ -95,14 +106,14 @@ def eos_probability(eos_id: int | Sequence[int]) -> Callable[[Tensor, Tensor], T
 def expected_kl(logits: Tensor, target: Tensor, reference: Tensor) -> Tensor:
     r"""``KL(p || q) = sum_y p_y log(p_y / q_y)`` to the policy at the reference, [T] nats.
 
-    Of the whole distribution given the prefix (Rao-Blackwell), not of the sampled token; computed
-    as
+    This is the divergence of the whole distribution given the prefix (Rao-Blackwell), not of the
+    sampled token. It is computed as
 
     .. math:: \sum_y q_y \, \phi(\log p_y - \log q_y), \qquad
               \phi(d) = d e^d - e^d + 1 = d^2 / 2 + d^3 / 3 + ... \ge 0,
 
-    whose terms do not cancel: it is never negative, and of the second order in d to full relative
-    precision. Amini, Vieira and Cotterell, arXiv 2504.10637.
+    whose terms do not cancel: it is never negative, and a small divergence, which is of the second
+    order in d, has full relative precision. Amini, Vieira and Cotterell, arXiv 2504.10637.
 
     >>> z = torch.tensor([[3.0, 1.0]]).log()
     >>> expected_kl(z, torch.tensor([0]), torch.zeros(1, 2))  # log 2 - H
@@ -112,10 +123,10 @@ def expected_kl(logits: Tensor, target: Tensor, reference: Tensor) -> Tensor:
     p, q, d = lp.exp(), lq.exp(), lp - lq
     near = d.clamp(-0.5, 0.5)
     far = d - near
-    series = 0.0
+    series: Tensor | float = 0.0
     for k in reversed(range(15)):  # 0.5^15 / (15! 17) is below rounding
         series = series * near + 1 / (math.factorial(k) * (k + 2))
-    # What phi(d) has over phi(near), by p - q e^near: exactly 0 where d is near, and e^d, which may
-    # overflow, does not appear.
+    # p - q e^near gives phi(d) - phi(near). It is exactly 0 where d is near, and is written without
+    # e^d, which may overflow.
     over = q * near.exp() * far.clamp(max=0).expm1() - p * (-far.clamp(min=0)).expm1()
     return (q * near * near * series + (near - 1) * over + far * p).sum(-1)

@@ -1,6 +1,6 @@
 """Log-probability and entropy, or a readout, of every response token; the head in chunks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,36 +8,63 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .head.rematerialise import closed, recompute
+from .head.rematerialise import Tensors, closed, rematerialise
 from .head.softmax import head_scores, logp_and_entropy, nucleus
 from .model.split import Model, Params
+from .summaries import summary
+from .tracing import concrete
 
 _CHUNK_BYTES = 2**24  # of logits at a time, per lane
 _WIDTH = 4096  # tokens of the vocabulary at a time: their logits stay in a CPU's cache
 
+Readout = Callable[..., Tensor]  # (logits [T, V], target [T][, reference [T, V]]) -> [T]
+
 
 class Scores(NamedTuple):
-    """What a policy says of the response tokens; 0 off the response."""
+    """The log-probability and the entropy of the response tokens under a policy.
+
+    Both are 0 off the response.
+    """
 
     logp: Tensor  # [..., N, R] nats, of the token that was sampled
     entropy: Tensor  # [..., N, R] nats, of the whole next-token distribution given the prefix
 
+    def __repr__(self) -> str:
+        return summary(self)
+
 
 class Readings(NamedTuple):
-    """Log-probability and what a readout says of the response tokens; 0 off the response."""
+    """The log-probability of the response tokens under a policy, and what a readout gives of them.
+
+    Both are 0 off the response.
+    """
 
     logp: Tensor  # [..., N, R] nats, of the token that was sampled
     value: Tensor  # [..., N, R] in the readout's own unit
 
+    def __repr__(self) -> str:
+        return summary(self)
+
+
+Score = Callable[[Params, Batch], Scores | Readings]
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn, and so which policy is scored: temperature first, then top-p."""
+    """How responses are drawn, and so which policy is scored: temperature first, then top-p.
+
+    Args:
+        temperature: what the logits are divided by. A tensor [] may be differentiated.
+        top_p: the least probability of the nucleus from which tokens are drawn.
+
+    Raises:
+        ValueError: a temperature that is not positive, or top_p outside (0, 1].
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(
                 f"Sampling: temperature must be positive, not {self.temperature}. "
@@ -53,37 +80,41 @@ def scorer(
     *,
     sampling: Sampling = Sampling(),
     support: Params | None = None,
-    readout: Callable[..., Tensor] | None = None,
+    readout: Readout | None = None,
     reference: Params | None = None,
     chunk: int | None = None,
-) -> Callable[[Params, Batch], Scores | Readings]:
+) -> Score:
     """A pure function of the trainable parameters: the scores of a batch's responses.
 
     ``logp_k = log pi(y_k | x, y_<k)`` and ``H_k = -sum_y pi(y) log pi(y)`` over the full softmax
     of ``logits / temperature`` (Rao-Blackwell: the entropy given the prefix, not a sampled one).
-    With top-p both are of the renormalised nucleus, whose tokens are those at `support`, so that
-    the policy stays differentiable; a token outside scores -inf. With a readout it gives that in
-    the place of the entropy.
+    With top-p, both are those of the renormalised nucleus. Its tokens are the nucleus at `support`,
+    so that the policy stays differentiable. A readout's values take the place of the entropy.
+
+    A response token outside the nucleus has a log-probability of -inf, and the change of it along a
+    direction is nan: those responses were sampled with other settings, or from another model, than
+    they are scored with. Otherwise a score is nan only if the logits are, as after a step so long
+    that the model overflows.
 
     Args:
-        model, base: from `split`.
+        model, base: what `split` gave.
         sampling: the policy's temperature and top-p.
-        support: parameters whose nucleus is held fixed; required if ``top_p < 1``, it costs one
-            forward more.
-        readout: ``(logits [T, V], target [T]) -> [T]``, a function of its arguments alone: the
-            logits over the temperature, -inf outside the nucleus; see `readouts`.
-        reference: parameters whose logits, under the same settings, the readout gets as a third
-            argument; they stay fixed, and cost one forward more.
+        support: the parameters whose nucleus is held fixed. They are required if ``top_p < 1`` and
+            cost one more forward pass.
+        readout: ``(logits [T, V], target [T]) -> [T]``, a function of its arguments alone. Its
+            logits are divided by the temperature, and -inf outside the nucleus; see `readouts`.
+        reference: parameters that stay fixed. The readout gets their logits, under the same
+            settings, as a third argument, which costs one more forward pass.
         chunk: response positions per pass through the head; the default fills 16 MiB of logits.
             It bounds memory, forward and backward, and changes results by rounding only.
 
     Returns:
-        ``fn(params, batch) -> Scores``, or `Readings` with a readout; arrays [N, R];
-        row-separable.
+        ``fn(params, batch) -> Scores``, or `Readings` with a readout. The arrays are [N, R], and
+        each row is computed from the batch's same row alone.
 
     Raises:
-        ValueError: ``top_p < 1`` without `support`, `reference` without `readout`; where the
-            function is called, a readout that does not give one floating number a token.
+        ValueError: ``top_p < 1`` without `support`, or `reference` without `readout`. The function
+            itself raises it if a readout does not give one floating number a token.
     """
     if sampling.top_p < 1 and support is None:
         raise ValueError(
@@ -95,33 +126,121 @@ def scorer(
             "scorer: reference= is an argument of the readout, and there is none. Pass readout=, "
             "readouts.expected_kl for instance."
         )
+    return _Scorer(model, base, sampling, support, readout, reference, chunk)
 
-    narrow, names = sampling.top_p < 1, model.head_names
-    # A temperature to differentiate in goes where the head's own tensors do.
-    heat = [sampling.temperature] if isinstance(sampling.temperature, Tensor) else []
 
-    def of_head(params: Params) -> list[Tensor]:
-        return [params[name] if name in params else base[name] for name in names] + heat
+@dataclass(frozen=True, eq=False, repr=False)
+class _Scorer:
+    """What `scorer` returns; see there for the fields."""
 
-    def read(hidden: Tensor, *tensors: Tensor) -> Tensor:
-        own = dict(zip(names, tensors, strict=not heat))
-        out = model.head({}, own, hidden.unsqueeze(0)).squeeze(0)
+    model: Model
+    base: Params
+    sampling: Sampling
+    support: Params | None
+    readout: Readout | None
+    reference: Params | None
+    chunk: int | None
+
+    def __repr__(self) -> str:
+        readout = "entropy" if self.readout is None else self.readout
+        return f"scorer({getattr(readout, '__name__', readout)}, {self.sampling})"
+
+    def __call__(self, params: Params, batch: Batch) -> Scores | Readings:
+        """The scores of the batch's responses at `params`, [N, R]."""
+        layout = self.model.layout(batch)
+        target = layout.target
+        policies = self._policies(params)
+        hidden = [self.model.states(policy, self.base, layout) for policy in policies]
+        heads = [self._head_tensors(policy) for policy in policies]
+        again = rematerialise if self._closed(target.device) else _call
+        blocks = [
+            self._block(target[rows], [states[rows] for states in hidden], heads, again)
+            for rows in self._chunks(len(target))
+        ]
+        zero = hidden[0].new_zeros(())
+        flat = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+        scores = (torch.where(batch.response, x[layout.slot], zero) for x in flat)
+        return Scores(*scores) if self.readout is None else Readings(*scores)
+
+    def _policies(self, params: Params) -> list[Params]:
+        """The policies whose logits are read: the scored one first, the support policy last."""
+        support = self.support if self._narrow else None
+        return [params, *(policy for policy in (self.reference, support) if policy is not None)]
+
+    @property
+    def _narrow(self) -> bool:
+        """Whether only a nucleus is possible."""
+        return self.sampling.top_p < 1
+
+    @property
+    def _sliced(self) -> bool:
+        """Whether the logits are read in slices of the vocabulary: nothing needs them all."""
+        return self.readout is None and not self._narrow
+
+    def _temperature(self) -> tuple[Tensor, ...]:
+        temperature = self.sampling.temperature
+        return (temperature,) if isinstance(temperature, Tensor) else ()
+
+    def _head_tensors(self, params: Params) -> Tensors:
+        """The tensors that `_logits` reads at these parameters.
+
+        A differentiable temperature is passed with the head's tensors.
+        """
+        names = self.model.head_names
+        tensors = (params[name] if name in params else self.base[name] for name in names)
+        return *tensors, *self._temperature()
+
+    def _chunks(self, count: int) -> Iterator[slice]:
+        """The response positions that go through the head at a time."""
+        vocabulary = self.model.vocabulary
+        width = min(_WIDTH, vocabulary) if self._sliced else vocabulary
+        rows = self.chunk or max(_CHUNK_BYTES // (4 * width), 1)
+        return (slice(start, start + rows) for start in range(0, count, rows))
+
+    def _block(
+        self,
+        target: Tensor,
+        hidden: list[Tensor],
+        heads: list[Tensors],
+        again: Callable[..., Tensors],
+    ) -> Tensors:
+        """Log-probability and entropy, or the readout's value, of a block of tokens, [T]."""
+        if self._sliced:
+            vocabulary = self.model.vocabulary
+            width = min(_WIDTH, vocabulary)
+            return head_scores(
+                self._logits, hidden[0], target, heads[0], vocabulary=vocabulary, width=width
+            )
+        pairs = zip(hidden, heads, strict=True)
+        return again(self._read, target, *(x for states, head in pairs for x in (states, *head)))
+
+    def _logits(self, hidden: Tensor, *tensors: Tensor) -> Tensor:
+        """The logits over the temperature, [T, V] or a slice of V, in float32 at least."""
+        names = self.model.head_names
+        head = dict(zip(names, tensors[: len(names)], strict=True))
+        out = self.model.head({}, head, hidden.unsqueeze(0)).squeeze(0)
         out = out.to(torch.promote_types(out.dtype, torch.float32))
-        if heat:
+        if len(tensors) > len(names):
             return out / tensors[-1]
-        return out if sampling.temperature == 1 else out / sampling.temperature
+        return out if self.sampling.temperature == 1 else out / self.sampling.temperature
 
-    def say(target: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each policy the hidden states and the head's tensors, the fixed one's the last."""
-        each = 1 + len(names) + len(heat)
-        logits = [read(*inputs[i : i + each]) for i in range(0, len(inputs), each)]
-        if narrow:
-            outside = ~nucleus(logits.pop(), sampling.top_p)
+    def _read(self, target: Tensor, *inputs: Tensor) -> Tensors:
+        """Reads all logits of a block of tokens at once.
+
+        Args:
+            target: [T] int64.
+            inputs: for each policy its hidden states and its head's tensors. The support policy
+                comes last.
+        """
+        size = 1 + len(self.model.head_names) + len(self._temperature())
+        logits = [self._logits(*inputs[i : i + size]) for i in range(0, len(inputs), size)]
+        if self._narrow:
+            outside = ~nucleus(logits.pop(), self.sampling.top_p)
             logits = [z.masked_fill(outside, -torch.inf) for z in logits]
         logp, entropy = logp_and_entropy(logits[:1], target)
-        if readout is None:
+        if self.readout is None:
             return logp, entropy
-        value = readout(logits[0], target, *logits[1:])
+        value = self.readout(logits[0], target, *logits[1:])
         if value.shape != target.shape or not value.is_floating_point():
             raise ValueError(
                 f"scorer: a readout gives one floating number a token, {list(target.shape)}; this "
@@ -129,67 +248,61 @@ def scorer(
             )
         return logp, value
 
-    def alone(device: torch.device) -> bool:
-        """Whether the readout may be computed again: it holds nothing that is differentiated."""
-        z = torch.zeros(1, model.vocabulary, device=device)
+    def _closed(self, device: torch.device) -> bool:
+        """Whether a block may be computed again: the readout holds nothing that is differentiated.
+
+        A readout that does must be followed as it runs, see `rematerialise`.
+        """
+        if self.readout is None or not torch.is_grad_enabled():
+            return True
+        logits = torch.zeros(1, self.model.vocabulary, device=device)
         target = torch.zeros(1, dtype=torch.int64, device=device)
-        references = [] if reference is None else [z]
-        return not torch.is_grad_enabled() or closed(readout, z, target, *references)
-
-    def score(params: Params, batch: Batch) -> Scores | Readings:
-        policies = [params]
-        policies += [] if reference is None else [reference]
-        policies += [support] if narrow else []
-        layout = model.layout(batch)
-        hidden, target = [model.states(p, base, layout) for p in policies], layout.target
-        heads = [of_head(p) for p in policies]
-        whole = readout is not None or narrow
-        size = {"vocabulary": model.vocabulary, "width": min(_WIDTH, model.vocabulary)}
-        rows = chunk or max(_CHUNK_BYTES // (4 * size["vocabulary" if whole else "width"]), 1)
-        again = recompute if readout is None or alone(target.device) else _once
-        parts = []
-        for start in range(0, len(target), rows):
-            some = slice(start, start + rows)
-            if whole:
-                states = zip(hidden, heads, strict=True)
-                inputs = [x for h, tensors in states for x in (h[some], *tensors)]
-                parts.append(again(say, target[some], *inputs))
-            else:
-                parts.append(head_scores(read, hidden[0][some], target[some], heads[0], **size))
-        flat = (torch.cat(part) for part in zip(*parts, strict=True))
-        zero = hidden[0].new_zeros(())
-        kind = Scores if readout is None else Readings
-        return kind(*(torch.where(batch.response, f[layout.slot], zero) for f in flat))
-
-    return score
+        return closed(self.readout, logits, target, *[logits] * (self.reference is not None))
 
 
 def with_value(
-    score: Callable[[object, Batch], Scores | Readings], value: Callable[[Batch], Tensor]
-) -> Callable[[object, Batch], Readings]:
-    """A scorer whose value is one number a sequence: summed over a row, it is that number.
+    score: Score, value: Callable[[Batch], Tensor]
+) -> Callable[[Params, Batch], Readings]:
+    """A scorer whose value is one number a sequence, which is the sum over the row.
 
-    It stands at the first response position, 0 elsewhere, and does not move with the parameters:
-    what moves its mean is the policy, through the importance weights. A row without a response has
-    no place for it.
+    The number stands at the first response position, with 0 elsewhere. It does not move with the
+    parameters: its mean changes because the policy does, through the importance weights. A row
+    without a response has no place for it.
 
     Args:
         score: a scorer, for the log-probabilities.
         value: ``batch -> [N]``, of the batch's rows alone; ``lambda batch: batch.reward``.
 
     Returns:
-        ``fn(params, batch) -> Readings``; row-separable.
+        ``fn(params, batch) -> Readings``; row i depends on row i of the batch alone.
+
+    Raises:
+        ValueError: where the function is called, a value that is nan.
     """
 
-    def fn(params, batch: Batch) -> Readings:
+    def fn(params: Params, batch: Batch) -> Readings:
         logp = score(params, batch).logp
         first = torch.zeros_like(batch.response)
         first[:, 0] = True
-        each = value(batch).to(logp.dtype).unsqueeze(-1)
-        return Readings(logp, torch.where(first & batch.response, each, logp.new_zeros(())))
+        first = first & batch.response
+        numbers = value(batch).to(logp.dtype).unsqueeze(-1)
+        _check_known(numbers, first, batch)
+        return Readings(logp, torch.where(first, numbers, logp.new_zeros(())))
 
     return fn
 
 
-def _once(fn: Callable, *inputs: Tensor):
+def _check_known(numbers: Tensor, first: Tensor, batch: Batch) -> None:
+    """Raises ValueError if a number [N, 1] that is used (where `first` is True) is nan."""
+    unknown = (numbers.isnan() & first).any(-1)
+    if concrete(unknown) and unknown.any():
+        prompts = batch.group[unknown].unique().tolist()
+        raise ValueError(
+            f"with_value: the value is nan in {int(unknown.sum())} of these {batch.n} rows, of the "
+            f"prompts (group) {prompts[:5]}. The batch lacks a field that the value reads: give it "
+            "to collate, or write it into the file that read_batch reads."
+        )
+
+
+def _call(fn: Callable[..., Tensors], *inputs: Tensor) -> Tensors:
     return fn(*inputs)

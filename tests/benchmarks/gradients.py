@@ -86,7 +86,7 @@ def measure_memory(name: str, arguments: argparse.Namespace) -> None:
     """Prints the peak of one gradient in this process."""
     model, params, base = fp.split(w.load(arguments.model, arguments.rank))
     if name == "plain operations":
-        softmax.recompute = score.recompute = lambda fn, *inputs, pull=None: fn(*inputs)
+        softmax.rematerialise = score.rematerialise = lambda fn, *inputs, pull=None: fn(*inputs)
     loss, batch = row_loss(fp.scorer(model, base)), w.ragged(8, 1, (64, 64), (64, 64))
     print(w.peak_of(lambda: fp.gradient(loss, params, batch, rows=8)))
 

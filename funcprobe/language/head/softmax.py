@@ -1,15 +1,18 @@
 """Log-probability and entropy of softmaxes that are never held whole, in every mode."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .rematerialise import Needed, Tensors, pull_back, recompute
+from .rematerialise import Cotangents, Needed, Tensors, pull_back, rematerialise
 
-# e^-10000 is exactly 0 in float64, and a clamp there stops the tangent of an infinity.
-_LEAST = -1e4
+# The least logit relative to the largest. e^-10000 is exactly 0 in float64, so that the clamp
+# changes no value; and it stops the tangent of an infinite logit.
+LEAST = -1e4
 
 
 def logp_and_entropy(slices: Iterable[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,19 +20,23 @@ def logp_and_entropy(slices: Iterable[Tensor], target: Tensor) -> tuple[Tensor, 
 
     With m the largest logit, ``z = logits - m``, ``s = sum e^z`` and ``t = sum z e^z``:
     ``logp = z_y - log s`` and ``H = log s - t / s``, which does not cancel. The sums are rescaled
-    as m grows, so no more than a slice is held. A logit of -inf has probability 0 and adds nothing
-    to H, in value and in every derivative.
+    as m grows, so that only one slice is held at a time. A logit of -inf has probability 0 and adds
+    nothing to H, in value and in every derivative.
 
     Args:
         slices: the logits [..., V] in consecutive slices of the last axis.
         target: [...] int64, the token whose log-probability is wanted.
+
+    Returns:
+        ``(logp, entropy)``, [...] nats.
 
     >>> logits = torch.tensor([0.0, 0.0, -torch.inf])
     >>> logp, entropy = logp_and_entropy(logits.split(2), torch.tensor(1))
     >>> round(float(logp.exp()), 6), round(float(entropy.exp()), 6)
     (0.5, 2.0)
     """
-    return _statistics(slices, target)[:2]
+    statistics = _statistics(slices, target)
+    return statistics.logp, statistics.entropy
 
 
 def head_scores(
@@ -43,123 +50,176 @@ def head_scores(
 ) -> tuple[Tensor, Tensor]:
     r"""`logp_and_entropy` of a head's logits, in slices of the vocabulary forward and backward.
 
-    Reverse mode keeps hidden states and the numbers [T] of each token, and reads each slice of the
-    logits again. With p the softmax of z,
+    Reverse mode keeps the hidden states and a few numbers [T] of each token, and reads each slice
+    of the logits again. With p the softmax of the logits z,
 
     .. math:: d\,logp / dz_j = 1_{j = y} - p_j, \qquad dH / dz_j = -p_j (\log p_j + H).
 
     Args:
-        read: ``(hidden, *tensors) -> logits``; of a slice of the vocabulary if every tensor that
-            leads with V is given in that slice.
+        read: ``(hidden, *tensors) -> logits``. It gives a slice of the vocabulary's logits if every
+            tensor that leads with V is given in that slice.
         hidden: [T, D].
         target: [T] int64.
-        tensors: the head's own, weights and all.
+        tensors: the tensors that the head reads, weights and all others.
         vocabulary: V.
-        width: tokens of a slice.
+        width: tokens of the vocabulary in a slice.
 
     Returns:
         ``(logp, entropy)``, [T] nats.
     """
-    by_token = [t.shape[:1] == (vocabulary,) for t in tensors]
-
-    def cut(tensors: Tensors) -> Iterator[tuple[int, Tensors]]:
-        for start in range(0, vocabulary, width):
-            yield (
-                start,
-                tuple(
-                    t[start : start + width] if some else t
-                    for t, some in zip(tensors, by_token, strict=True)
-                ),
-            )
-
-    def forward(hidden: Tensor, target: Tensor, *tensors: Tensor) -> Tensors:
-        return _statistics((read(hidden, *some) for _, some in cut(tensors)), target)
-
-    def pull(needed: Needed, inputs: Tensors, outputs: Tensors, cotangents: Tensors):
-        (hidden, target, *tensors), (_, *seen) = inputs, outputs
-        moves = (needed[0], *needed[2:])
-        joined = [some for some, moving in zip((False, *by_token), moves, strict=True) if moving]
-        total = [[] if some else None for some in joined]
-        for start, own in cut(tensors):
-            of_slice = partial(_pull_slice, read, moves, start)
-            parts = recompute(of_slice, hidden, target, *seen, *cotangents[:3], *own)
-            for i, part in enumerate(parts):
-                if joined[i]:
-                    total[i].append(part)
-                else:
-                    # In at least float32.
-                    part = part.to(torch.promote_types(part.dtype, torch.float32))
-                    total[i] = part if total[i] is None else total[i] + part
-        grads = (torch.cat(g) if some else g for g, some in zip(total, joined, strict=True))
-        kinds = (hidden, *tensors)
-        first, *rest = (
-            next(grads).to(x.dtype) if moving else None
-            for x, moving in zip(kinds, moves, strict=True)
-        )
-        return first, None, *rest
-
-    return recompute(forward, hidden, target, *tensors, pull=pull)[:2]
-
-
-def _statistics(slices: Iterable[Tensor], target: Tensor) -> Tensors:
-    """Log-probability, entropy, log s and m, the last without a derivative."""
-    start, m = 0, None
-    for logits in slices:
-        largest = logits.detach().amax(-1).clamp(min=torch.finfo(logits.dtype).min)
-        before, m = m, largest if m is None else torch.maximum(m, largest)
-        z = (logits - m.unsqueeze(-1)).clamp(min=_LEAST)
-        e = z.exp()
-        s_here, t_here = e.sum(-1), (z * e).sum(-1)
-        y_here = logits.gather(-1, (target - start).clamp(0, logits.shape[-1] - 1).unsqueeze(-1))
-        y_here = y_here.squeeze(-1)
-        if before is None:
-            s, t, y = s_here, t_here, y_here
-        else:
-            lower = before - m
-            scale = lower.exp()
-            s, t = s * scale + s_here, (t + lower * s) * scale + t_here
-            y = torch.where(target >= start, y_here, y)
-        start += logits.shape[-1]
-    log_s = s.log()
-    return y - m - log_s, log_s - t / s, log_s, m
-
-
-def _pull_slice(
-    read: Callable[..., Tensor],
-    moves: Needed,
-    start: int,
-    hidden: Tensor,
-    target: Tensor,
-    entropy: Tensor,
-    log_s: Tensor,
-    m: Tensor,
-    to_logp: Tensor,
-    to_entropy: Tensor,
-    to_log_s: Tensor,
-    *tensors: Tensor,
-) -> Tensors:
-    """What a slice of the logits passes back to the hidden states and the head's tensors."""
-
-    def cotangent(logits: Tensor) -> Tensor:
-        # m only shifts, so its derivative is left out here as in the statistics.
-        logp = (logits - m.unsqueeze(-1)).clamp(min=_LEAST) - log_s.unsqueeze(-1)
-        shared = (to_log_s - to_logp - to_entropy * entropy).unsqueeze(-1)
-        out = logp.exp() * (shared - to_entropy.unsqueeze(-1) * logp)
-        last = logits.shape[-1] - 1
-        here = (target >= start) & (target <= start + last)
-        index = (target - start).clamp(0, last).unsqueeze(-1)
-        return out.scatter_add(-1, index, torch.where(here, to_logp, 0.0).unsqueeze(-1))
-
-    return pull_back(read, moves, (hidden, *tensors), cotangent)
+    sliced = tuple(tensor.shape[:1] == (vocabulary,) for tensor in tensors)
+    head = _Head(read, vocabulary, width, sliced)
+    outputs = rematerialise(head.forward, target, hidden, *tensors, pull=head.pull)
+    statistics = _Statistics(*outputs)
+    return statistics.logp, statistics.entropy
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
     """The smallest set of tokens with probability at least `top_p`, [..., V] bool.
 
-    The same rule as Hugging Face's sampler: tokens are dropped, least likely first, while their
-    cumulative probability is at most ``1 - top_p``; the likeliest always stays.
+    This is the rule of Hugging Face's sampler: tokens are dropped, the least likely first, while
+    their cumulative probability is at most ``1 - top_p``. The likeliest token always stays.
     """
     ascending, index = logits.sort(-1)
     keep = ascending.softmax(-1).cumsum(-1) > 1 - top_p
     keep[..., -1] = True
     return torch.zeros_like(keep).scatter(-1, index, keep)
+
+
+class _Statistics(NamedTuple):
+    """What is known of each token's softmax when all of its logits have been read."""
+
+    logp: Tensor  # [...] nats
+    entropy: Tensor  # [...] nats
+    log_sum: Tensor  # [...] log s
+    largest: Tensor  # [...] m, without a derivative
+
+
+class _Sums(NamedTuple):
+    """The same of the slices that have been read so far, in the notation of `logp_and_entropy`."""
+
+    m: Tensor
+    s: Tensor
+    t: Tensor
+    y: Tensor  # the target's logit; arbitrary until its slice has come
+
+
+class _Known(NamedTuple):
+    """What the backward pass of a slice needs of each token, [T]."""
+
+    entropy: Tensor
+    log_sum: Tensor
+    largest: Tensor
+    to_logp: Tensor  # the cotangent of the log-probability
+    to_entropy: Tensor
+    to_log_sum: Tensor
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A head that is read in slices of the vocabulary; see `head_scores`."""
+
+    read: Callable[..., Tensor]
+    vocabulary: int
+    width: int
+    sliced: tuple[bool, ...]  # which of the head's tensors lead with V
+
+    def slices(self, tensors: Tensors) -> Iterator[tuple[int, Tensors]]:
+        """The first token of each slice of the vocabulary, and the head's tensors there."""
+        for start in range(0, self.vocabulary, self.width):
+            here = slice(start, start + self.width)
+            pairs = zip(tensors, self.sliced, strict=True)
+            yield start, tuple(tensor[here] if sliced else tensor for tensor, sliced in pairs)
+
+    def forward(self, target: Tensor, hidden: Tensor, *tensors: Tensor) -> _Statistics:
+        """The statistics of the head's logits."""
+        return _statistics((self.read(hidden, *own) for _, own in self.slices(tensors)), target)
+
+    def pull(
+        self, needed: Needed, inputs: Tensors, outputs: Tensors, cotangents: Tensors
+    ) -> Cotangents:
+        """The cotangents of the inputs of `forward`, by reading each slice of the logits again.
+
+        A tensor given in slices gets its slices' cotangents joined, any other input their sum.
+        """
+        (target, *read_inputs), (_, *moves) = inputs, needed
+        statistics, to = _Statistics(*outputs), _Statistics(*cotangents)
+        known = _Known(*statistics[1:], to.logp, to.entropy, to.log_sum)
+        moving = [i for i, moves_here in enumerate(moves) if moves_here]
+        joined = (False, *self.sliced)
+        hidden, *tensors = read_inputs
+        sums: dict[int, Tensor] = {}
+        pieces: dict[int, list[Tensor]] = {i: [] for i in moving if joined[i]}
+        for start, here in self.slices(tuple(tensors)):
+            of_slice = partial(_slice_cotangents, self.read, tuple(moves), start)
+            parts = rematerialise(of_slice, target, *known, hidden, *here)
+            for i, part in zip(moving, parts, strict=True):
+                if joined[i]:
+                    pieces[i].append(part)
+                else:  # The sum is taken in float32 at least.
+                    part = part.to(torch.promote_types(part.dtype, torch.float32))
+                    sums[i] = sums[i] + part if i in sums else part
+        grads = sums | {i: torch.cat(parts) for i, parts in pieces.items()}
+        return None, *(
+            grads[i].to(x.dtype) if i in grads else None for i, x in enumerate(read_inputs)
+        )
+
+
+def _statistics(slices: Iterable[Tensor], target: Tensor) -> _Statistics:
+    """Reads the logits [..., V] slice by slice; see `logp_and_entropy` for the notation."""
+    sums, start = None, 0
+    for logits in slices:
+        sums = _add_slice(sums, logits, target - start)
+        start += logits.shape[-1]
+    if sums is None:
+        raise ValueError("logp_and_entropy: at least one slice of logits was expected, none came.")
+    log_s = sums.s.log()
+    return _Statistics(sums.y - sums.m - log_s, log_s - sums.t / sums.s, log_s, sums.m)
+
+
+def _add_slice(before: _Sums | None, logits: Tensor, index: Tensor) -> _Sums:
+    """The sums with one slice more. `index` is the target's place in it, negative if before it."""
+    largest = logits.detach().amax(-1).clamp(min=torch.finfo(logits.dtype).min)
+    m = largest if before is None else torch.maximum(before.m, largest)
+    z = (logits - m.unsqueeze(-1)).clamp(min=LEAST)
+    e = z.exp()
+    s, t = e.sum(-1), (z * e).sum(-1)
+    y = logits.gather(-1, index.clamp(0, logits.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    if before is None:
+        return _Sums(m, s, t, y)
+    lower = before.m - m
+    scale = lower.exp()
+    return _Sums(
+        m,
+        before.s * scale + s,
+        (before.t + lower * before.s) * scale + t,
+        torch.where(index >= 0, y, before.y),
+    )
+
+
+def _slice_cotangents(
+    read: Callable[..., Tensor], moves: Needed, start: int, target: Tensor, *rest: Tensor
+) -> Tensors:
+    """What a slice of the logits passes back to the hidden states and the head's tensors.
+
+    Args:
+        read: as in `head_scores`.
+        moves: whether the hidden states, then each of the head's tensors, need a cotangent.
+        start: the slice's first token.
+        target: [T] int64.
+        rest: the fields of `_Known`, the hidden states, and the head's tensors in the slice.
+    """
+    fields = len(_Known._fields)
+    known, read_inputs = _Known(*rest[:fields]), rest[fields:]
+
+    def cotangent(logits: Tensor) -> Tensor:
+        # m only shifts the logits: the statistics have no derivative in it, nor is there one here.
+        logp = (logits - known.largest.unsqueeze(-1)).clamp(min=LEAST) - known.log_sum.unsqueeze(-1)
+        shared = (known.to_log_sum - known.to_logp - known.to_entropy * known.entropy).unsqueeze(-1)
+        out = logp.exp() * (shared - known.to_entropy.unsqueeze(-1) * logp)
+        last = logits.shape[-1] - 1
+        here = (target >= start) & (target <= start + last)
+        index = (target - start).clamp(0, last).unsqueeze(-1)
+        return out.scatter_add(-1, index, torch.where(here, known.to_logp, 0.0).unsqueeze(-1))
+
+    return pull_back(read, moves, read_inputs, cotangent)
