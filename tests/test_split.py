@@ -405,6 +405,18 @@ def test_dropout_hooks_and_checkpointing_do_not_reach_the_split():
 # What the pure half holds
 
 
+@pytest.mark.parametrize(("family", "adapter"), [("llama", True), ("gemma2", False)])
+def test_a_models_repr_is_a_few_lines(family, adapter):
+    model, params, base = fp.split(cases.live(family, adapter=adapter, attention="eager"))
+    text = repr(model)
+    assert len(text.splitlines()) <= 6 and "tensor(" not in text
+    architecture = {"llama": "LlamaForCausalLM", "gemma2": "Gemma2ForCausalLM"}[family]
+    assert text.startswith(f"Model({architecture}, adapter {'LORA' if adapter else None},")
+    assert f"{len(params)} tensors of params and {len(base)} of base" in text
+    assert f"vocabulary {cases.VOCABULARY}" in text and "'funcprobe'" in text
+    assert "float64" not in text and "float64" in repr(cases.case(family).model)
+
+
 def reachable(root):
     """Everything `root` refers to, short of modules, types and functions' globals."""
     seen, stack = {}, [root]

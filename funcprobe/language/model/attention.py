@@ -1,5 +1,7 @@
 """Causal attention in plain operations, which every transform passes through."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -7,15 +9,17 @@ from transformers.masking_utils import eager_mask
 
 NAME = "funcprobe"
 
-_QUERIES = {"cpu": 64}  # at a time: a block of scores that stays in cache
+_QUERIES = {"cpu": 64}  # in a block, at least: its scores stay in a CPU's cache
 _QUERIES_ELSEWHERE = 512
-_BLOCKS = 8  # at most; more save less and less
+_BLOCKS = 8  # at most: every further one saves less
 
 
 def register() -> None:
-    """Makes `attend` known to transformers, under a name of its own, with the eager mask."""
-    # NOTE [attention]: fused kernels have no forward mode, some no vmap; the eager one repeats
-    # keys and values for every query of a group, and computes what the mask then hides.
+    """Makes `attend` known to transformers by the name `NAME`, with the mask of "eager".
+
+    This changes the process: transformers keeps its implementations in global tables. Doing it
+    again changes nothing.
+    """
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, eager_mask)
 
@@ -29,30 +33,36 @@ def attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **options,
+    **options: Any,
 ) -> tuple[Tensor, None]:
     """``softmax(scaling q k' + mask) v``, query block by query block, each with the keys up to it.
 
+    It stands in for fused kernels, which lack forward mode and some of them vmap, and for the eager
+    implementation, which repeats keys and values for every query head of a group and computes the
+    scores that the mask then hides.
+
     Args:
-        module: is not used.
-        query: [B, heads, T, D].
-        key, value: [B, heads of keys, T, D]; several query heads may share one.
-        attention_mask: additive and causal, [B or 1, 1, T, T]; None masks nothing.
-        scaling: ``1 / sqrt(D)`` if None.
+        module: the attention layer, of which an error gives the class.
+        query: [B, heads, L, size].
+        key, value: [B, heads of keys, L, size]; several query heads may share one.
+        attention_mask: additive and causal, [B or 1, 1, L, L]; None masks nothing.
+        scaling: ``1 / sqrt(size)`` if None.
         dropout: must be 0.
         softcap: scores become ``softcap tanh(scores / softcap)``.
-        options: what else the model passes; attention sinks are refused.
+        options: whatever else the model passes, which is not used; attention sinks (``s_aux``) are
+            refused.
 
     Returns:
-        ``([B, T, heads, D], None)``.
+        ``([B, L, heads, size], None)``.
 
     Raises:
         ValueError: dropout is on, or the model has attention sinks.
     """
     if dropout or options.get("s_aux") is not None:
         raise ValueError(
-            "attention: neither dropout nor attention sinks are supported; "
-            f"{type(module).__name__} asks for one of them."
+            f"attention: neither dropout nor attention sinks are supported, "
+            f"{type(module).__name__} asks for one of them. Use a model without attention sinks, "
+            "in eval mode."
         )
     batch, heads, length, size = query.shape
     groups = key.shape[1]
@@ -75,6 +85,7 @@ def attend(
 
 
 def _blocks(length: int, device: str, causal: bool) -> list[tuple[int, int]]:
+    """Where each block of queries starts and stops; without a causal mask there is one."""
     queries = _QUERIES.get(device, _QUERIES_ELSEWHERE)
     step = -(-length // max(min(length // queries, _BLOCKS), 1)) if causal else length
     return [(start, min(start + step, length)) for start in range(0, length, max(step, 1))]

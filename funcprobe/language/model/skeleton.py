@@ -4,13 +4,12 @@ import copy
 import math
 from collections import OrderedDict
 from functools import partial
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
-
-from . import attention
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,123 +22,170 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
     """The module below DDP and `torch.compile` wrappers."""
     while True:
+        inner: Any = module
         if hasattr(module, "_orig_mod"):
-            module = module._orig_mod
+            module = inner._orig_mod
         elif isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            module = module.module
+            module = inner.module
         else:
             return module
 
 
+def causal_model(module: nn.Module) -> nn.Module:
+    """The language model below PEFT's wrapper, or the module itself where there is no wrapper."""
+    return module.get_base_model() if isinstance(module, PeftModel) else module
+
+
 def refuse(module: nn.Module) -> None:
-    """Raises ValueError for what cannot be split, saying what to do."""
+    """Raises ValueError if the module cannot be split, and says what to do."""
     for name, part in module.named_modules():
-        kind = type(part).__name__
-        if kind.startswith("FSDP") or kind == "FullyShardedDataParallel":
-            raise ValueError(
-                f"split: whole tensors were expected, {name!r} is sharded ({kind}). "
-                "Gather the full state into an unwrapped model and split that."
-            )
-        if getattr(part, "merged", False) is True:
-            raise ValueError(
-                f"split: the adapter must be separate, {name!r} has it merged into the base. "
-                "Call unmerge_adapter() first."
-            )
-        forward = part.__dict__.get("forward")
-        if forward is not None and not hasattr(part, "_original_forward"):
-            raise ValueError(
-                f"split: {name or 'the module'!r} has its forward replaced on the instance, which "
-                "may hold the live weights. Remove the patch (accelerate: load without device_map, "
-                "or remove_hook_from_module)."
-            )
+        _refuse_part(name, part)
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if type(tensor).__name__ == "DTensor":
-            raise ValueError(
-                f"split: whole tensors were expected, {name!r} is a DTensor shard. "
-                "Gather the full state into an unwrapped model and split that."
-            )
-        if tensor.is_meta:
-            raise ValueError(f"split: {name!r} has no data (meta). Load the weights first.")
-    quantised = [
-        name
-        for name, p in module.named_parameters()
-        if p.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-    ]
-    if quantised:
-        raise ValueError(
-            f"split: a floating-point base was expected, {len(quantised)} weights are quantised "
-            f"({quantised[0]!r} is {module.get_parameter(quantised[0]).dtype}), which is not "
-            "supported. Load the base model without quantization_config."
-        )
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(
-            "split: no parameter is trainable, so there is nothing to move. Load the adapter with "
-            "PeftModel.from_pretrained(..., is_trainable=True), or set requires_grad."
-        )
-    if isinstance(module, PeftModel) and any(
-        c.is_prompt_learning for c in module.peft_config.values()
-    ):
-        raise ValueError(
-            "split: prompt-learning adapters change the tokens, not the weights, and are not "
-            "supported. Use a weight adapter such as LoRA."
-        )
+        _refuse_tensor(name, tensor)
+    _refuse_whole(module)
 
 
 def make_skeleton(module: nn.Module) -> tuple[nn.Module, dict[int, str]]:
-    """A copy on meta without hooks, and the name behind each of its tensors' ids.
+    """A copy of the module on meta, in eval mode, without hooks.
 
-    It attends by `attend`, whose every operation has a derivative and a rule.
+    Its layers compute what the module's do, in operations that have a derivative and a rule.
+
+    Returns:
+        The skeleton, and the name of each of its tensors by the tensor's id.
     """
-    memo, twins = {}, {}
+    memo: dict[int, Any] = {}
+    names = {}
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        twin = torch.empty_like(tensor, device="meta", requires_grad=False)
+        twin: Tensor = torch.empty_like(tensor, device="meta", requires_grad=False)
         if isinstance(tensor, nn.Parameter):
             twin = nn.Parameter(twin, requires_grad=False)
         memo[id(tensor)] = twin
-        twins[id(twin)] = name
+        names[id(twin)] = name
     for part in module.modules():
-        for name in _HOOKS:
-            memo[id(getattr(part, name))] = OrderedDict()
-        for name in ("forward", "_original_forward"):
-            if name in part.__dict__:
-                memo[id(part.__dict__[name])] = None
+        memo |= {id(getattr(part, hooks)): OrderedDict() for hooks in _HOOKS}
+        patches = (part.__dict__.get(name) for name in ("forward", "_original_forward"))
+        memo |= {id(patch): None for patch in patches if patch is not None}
     skeleton = copy.deepcopy(module, memo)
     for part in skeleton.modules():
-        for name in ("forward", "_original_forward", "_gradient_checkpointing_func"):
-            part.__dict__.pop(name, None)
-        if getattr(part, "gradient_checkpointing", False):
-            part.gradient_checkpointing = False
-        if hasattr(part, "warn_if_padding_and_no_attention_mask"):
-            # It branches on the tokens, which vmap over rows cannot; right padding needs no mask.
-            part.warn_if_padding_and_no_attention_mask = _say_nothing
-        if _is_plain(part):
-            part.forward = partial(_low_rank, part)
-    attention.register()
-    set_attention(skeleton, attention.NAME)
-    return skeleton.eval(), twins
+        _make_pure(part)
+    return skeleton.eval(), names
+
+
+def duplicate(skeleton: nn.Module) -> nn.Module:
+    """A copy of a skeleton, with modules of its own and the same tensors.
+
+    It computes nothing, so it may be made within any transform.
+    """
+    tensors = [*skeleton.parameters(), *skeleton.buffers()]
+    for part in skeleton.modules():
+        tensors += [value for value in vars(part).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(skeleton, {id(tensor): tensor for tensor in tensors})
+
+
+def fill(skeleton: nn.Module, params: dict[str, Tensor], base: dict[str, Tensor]) -> nn.Module:
+    """A module with these tensors that runs the code of its classes."""
+    memo: dict[int, Tensor] = {}
+    tensors = base | params
+    for name, parameter in skeleton.named_parameters():
+        trainable = name in params
+        memo[id(parameter)] = nn.Parameter(tensors[name].detach(), requires_grad=trainable)
+    for name, buffer in skeleton.named_buffers():
+        memo[id(buffer)] = tensors[name].detach()
+    module = copy.deepcopy(skeleton, memo)
+    for part in module.modules():
+        part.__dict__.pop("forward", None)
+    return module
 
 
 def set_attention(module: nn.Module, implementation: str | None) -> None:
     """Makes every part of the module use this attention implementation; None changes nothing."""
     for part in module.modules():
-        config = getattr(part, "config", None)
+        config: Any = getattr(part, "config", None)
         if implementation is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = implementation
 
 
-def restore_forward(module: nn.Module) -> None:
-    """Gives a copy of a skeleton the forwards of its classes again."""
-    for part in module.modules():
-        part.__dict__.pop("forward", None)
+def _refuse_part(name: str, part: nn.Module) -> None:
+    layer_type = type(part).__name__
+    if layer_type.startswith("FSDP") or layer_type == "FullyShardedDataParallel":
+        raise ValueError(
+            f"split: whole tensors were expected, {name!r} is sharded ({layer_type}). "
+            "Gather the full state into an unwrapped model and split that."
+        )
+    if getattr(part, "merged", False) is True:
+        raise ValueError(
+            f"split: an adapter apart from the base was expected, that of {name!r} is merged into "
+            "it. Call unmerge_adapter() first."
+        )
+    forward = part.__dict__.get("forward")
+    if forward is not None and not hasattr(part, "_original_forward"):
+        raise ValueError(
+            f"split: the forward of a class was expected, {name or 'the module'!r} has its forward "
+            "replaced on the instance, which may hold the live weights. Remove the patch "
+            "(accelerate: load without device_map, or call remove_hook_from_module)."
+        )
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """A LoRA layer whose scaling commutes with B to the last bit: a power of two, no bias."""
+def _refuse_tensor(name: str, tensor: Tensor) -> None:
+    if type(tensor).__name__ == "DTensor":
+        raise ValueError(
+            f"split: whole tensors were expected, {name!r} is a DTensor shard. "
+            "Gather the full state into an unwrapped model and split that."
+        )
+    if tensor.is_meta:
+        raise ValueError(
+            f"split: loaded weights were expected, {name!r} has no data (it is on meta). "
+            "Load the weights first."
+        )
+
+
+def _refuse_whole(module: nn.Module) -> None:
+    packed = [(name, p) for name, p in module.named_parameters() if p.dtype not in _FLOATING]
+    if packed:
+        name, first = packed[0]
+        raise ValueError(
+            f"split: a floating-point base was expected, {len(packed)} weights are quantised "
+            f"({name!r} is {first.dtype}), which is not supported. Load the base model without "
+            "quantization_config."
+        )
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(
+            "split: trainable parameters were expected, no parameter is trainable, so there is "
+            "nothing to move. Load the adapter with PeftModel.from_pretrained(..., "
+            "is_trainable=True), or set requires_grad."
+        )
+    configs = module.peft_config.values() if isinstance(module, PeftModel) else ()
+    if any(config.is_prompt_learning for config in configs):
+        raise ValueError(
+            "split: a weight adapter such as LoRA was expected, the adapter is one of prompt "
+            "learning, which changes the tokens and not the weights. It is not supported."
+        )
+
+
+def _make_pure(part: Any) -> None:
+    """Takes off a skeleton's part what a trainer or an earlier call left on it."""
+    for name in ("forward", "_original_forward", "_gradient_checkpointing_func"):
+        part.__dict__.pop(name, None)
+    if getattr(part, "gradient_checkpointing", False):
+        part.gradient_checkpointing = False
+    if hasattr(part, "warn_if_padding_and_no_attention_mask"):
+        # It branches on the tokens, which vmap over rows cannot; right padding needs no mask.
+        part.warn_if_padding_and_no_attention_mask = _say_nothing
+    if _scales_exactly(part):
+        part.forward = partial(_low_rank, part)
+
+
+def _scales_exactly(layer: nn.Module) -> bool:
+    """Whether it is a LoRA layer whose scaling commutes with B to the last bit.
+
+    It does where the scaling is a power of two and B has no bias.
+    """
     if type(layer) is not lora.Linear or layer.lora_variant or layer.disable_adapters:
         return False
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
@@ -149,9 +195,9 @@ def _is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _low_rank(layer: nn.Module, x: Tensor) -> Tensor:
+def _low_rank(layer: Any, x: Tensor) -> Tensor:
     """``W x + B (s A x)``: what the layer computes, but scaled where it is narrow."""
-    out = layer.base_layer(x)
+    out: Tensor = layer.base_layer(x)
     dtype = out.dtype
     for name in layer.active_adapters:
         if name in layer.lora_A:
@@ -160,5 +206,5 @@ def _low_rank(layer: nn.Module, x: Tensor) -> Tensor:
     return out.to(dtype)
 
 
-def _say_nothing(*_) -> None:
+def _say_nothing(*_: object) -> None:
     pass
