@@ -209,7 +209,7 @@ def the_largest_weight_is_not_smoothed(right, logw):
 
 @mistake(
     "statistics.weights.effective_sample_size",
-    "test_statistics.py::test_the_effective_sample_size_lies_between_1_and_n",
+    "test_statistics.py::test_the_effective_sample_size_is_kishs",
 )
 def the_sample_size_of_the_mean_weight(right, logw):
     return logw.logsumexp(-1).exp()

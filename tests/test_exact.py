@@ -8,6 +8,7 @@ import torch
 from enumerated import ETAS, PROMPTS, SEQUENCES, exact, exact_batch, log_probability, setting
 
 import funcprobe as fp
+from funcprobe.statistics.weights import log_weights
 
 
 def test_the_probabilities_sum_to_one():
@@ -30,6 +31,21 @@ def test_the_score_is_the_sequences_log_probability():
         torch.testing.assert_close(
             ours, torch.tensor(own, dtype=torch.float64), rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_log_weights_are_the_ratios_of_the_enumerated_probabilities(dtype):
+    """Whatever stands off the response; summed in float64 whatever the scores are stored in."""
+    params, v, _ = setting()
+    there, batch = fp.shift(params, v, 0.7), cases.toy_batch(SEQUENCES)
+    change = fp.sweep(cases.toy_score, params, v, [0.7], batch).change.logp
+    change = change.where(batch.response, torch.nan).to(dtype)
+    ratios = [log_probability(there, 0, s) - log_probability(params, 0, s) for s in SEQUENCES]
+    want = torch.tensor(ratios, dtype=torch.float64)
+    rounding = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(
+        log_weights(change, batch.response)[0], want, rtol=rounding, atol=rounding
+    )
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])

@@ -1,7 +1,5 @@
 """Prefix weights against loops and closed forms, and the coverage of their intervals."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from arrays import N, R, arrays, swept
@@ -94,40 +92,10 @@ def test_the_line_is_the_limit_and_what_remains_falls_fourfold(weights, per):
     assert torch.allclose(rest[:-1] / rest[1:], torch.full((2,), 4.0).double(), rtol=0.01)
 
 
-@pytest.mark.parametrize("per", ["token", "sequence"])
-def test_responses_of_one_token_need_no_prefix_weights(per):
+def test_huge_weights_do_not_overflow():
     terms, rows = arrays()
-    first = torch.zeros_like(rows.response)
-    first[:, 0] = True
-    rows.response = first
-    cut = [Scores(*(torch.where(first, x, 0.0) for x in term)) for term in terms]
-    got = entropy_change(swept(cut, [0.7]), rows, weights="prefix", per=per)
-    want = swept(cut, [0.7]).change.entropy[0, :, 0].mean()
-    assert float(got.value[0]) == pytest.approx(float(want), rel=1e-12)
-
-
-def test_invariances_and_huge_weights():
-    terms, rows = arrays()
-    order = torch.tensor([8, 0, 3, 1, 7, 2, 6, 4, 5])
-    other = [Scores(*(x[order] for x in term)) for term in terms]
-    moved = SimpleNamespace(response=rows.response[order], group=rows.group[order])
-    a = entropy_change(swept(terms, [0.5]), rows, weights="prefix")
-    b = entropy_change(swept(other, [0.5]), moved, weights="prefix")
-    assert torch.allclose(a.value, b.value) and torch.allclose(a.stderr, b.stderr)
-    twice = [Scores(*(torch.cat([x, x]) for x in term)) for term in terms]
-    double = SimpleNamespace(
-        response=torch.cat([rows.response] * 2), group=torch.cat([rows.group] * 2)
-    )
-    c = entropy_change(swept(twice, [0.5]), double, weights="prefix")
-    assert torch.allclose(a.value, c.value) and torch.allclose(a.stderr, c.stderr)
     low = [terms[0], Scores(torch.where(rows.response, -15.0, 0.0), terms[1].entropy), terms[2]]
     assert entropy_change(swept(low, [1.0]), rows, weights="prefix").value.isfinite().all()
     for size in (100.0, 2000.0, -2000.0):
         huge = entropy_change(swept(terms, [size]), rows, weights="prefix")
         assert huge.value.isfinite().all() and huge.stderr.isfinite().all()
-
-
-def test_unknown_weights_are_refused():
-    terms, rows = arrays()
-    with pytest.raises(ValueError, match="weights must be"):
-        entropy_change(swept(terms, [1.0]), rows, weights="tokens")

@@ -166,56 +166,7 @@ def test_rows_of_another_batch_are_refused_by_their_hashes(per):
     assert torch.equal(good.value, series.value)
 
 
-# Invariances
-
-
-@pytest.mark.parametrize("per", ["token", "sequence"])
-def test_the_order_of_rows_changes_nothing(per):
-    batch = rows()
-    sweep = swept(batch)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
-    other = sweep._replace(
-        base=fp.Scores(*(x[order] for x in sweep.base)),
-        change=fp.Scores(*(x[:, order] for x in sweep.change)),
-    )
-    a = fp.entropy_change(sweep, batch, per=per)
-    b = fp.entropy_change(other, batch.rows(order), per=per)
-    for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-13, equal_nan=True)
-
-
-@pytest.mark.parametrize("per", ["token", "sequence"])
-def test_duplicating_every_row_changes_neither_value_nor_clustered_error(per):
-    batch = rows()
-    sweep = swept(batch)
-    twice = torch.arange(30).repeat(2)
-    other = sweep._replace(
-        base=fp.Scores(*(x[twice] for x in sweep.base)),
-        change=fp.Scores(*(x[:, twice] for x in sweep.change)),
-    )
-    a = fp.entropy_change(sweep, batch, per=per)
-    b = fp.entropy_change(other, batch.rows(twice), per=per)
-    for name in ("base", "value", "psi", "stderr", "base_stderr", "mean_weight"):
-        torch.testing.assert_close(getattr(a, name), getattr(b, name), **EXACT)
-    torch.testing.assert_close(b.ess, 2 * a.ess, **EXACT)
-
-
-@pytest.mark.parametrize("constant", [3.0, -5.0, 800.0, -800.0])
-@pytest.mark.parametrize("per", ["token", "sequence"])
-def test_a_constant_in_all_log_weights_changes_nothing(per, constant):
-    batch = rows(empty=False)
-    sweep = swept(batch)
-    logp = sweep.change.logp.clone()
-    logp[:, :, 0] += constant
-    a = fp.entropy_change(sweep, batch, per=per)
-    b = fp.entropy_change(sweep._replace(change=sweep.change._replace(logp=logp)), batch, per=per)
-    for name in ("value", "psi", "stderr", "ess", "khat"):
-        x, y = (getattr(e, name) for e in (a, b))
-        torch.testing.assert_close(x[1:], y[1:], rtol=1e-9, atol=1e-11)
-    assert b.value.isfinite().all()
-    if abs(constant) < 10:
-        expected = a.mean_weight * math.exp(constant)
-        torch.testing.assert_close(b.mean_weight, expected, rtol=1e-12, atol=0)
+# Extremes
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
@@ -334,24 +285,13 @@ def test_estimators_are_equal_by_what_they_read():
 # What the weights say
 
 
-def test_log_weights_sum_the_response():
-    batch = rows()
-    change = swept(batch).change.logp
-    ours = log_weights(change.float(), batch.response)
-    assert ours.dtype == torch.float64
-    own = torch.where(batch.response, change, 0.0).sum(-1)
-    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("size", [1e-3, 0.5, 5.0, 300.0])
-def test_the_effective_sample_size_lies_between_1_and_n(size):
+@pytest.mark.parametrize("size", [1e-3, 0.5, 5.0])
+def test_the_effective_sample_size_is_kishs(size):
     logw = size * torch.randn(4, 25, generator=torch.Generator().manual_seed(0)).double()
-    ess = effective_sample_size(logw)
-    assert (ess >= 1 - 1e-12).all() and (ess <= 25 + 1e-9).all()
-    if size < 10:
-        w = logw.exp()
-        torch.testing.assert_close(ess, w.sum(-1) ** 2 / (w**2).sum(-1), rtol=1e-12, atol=0)
-        torch.testing.assert_close(mean_weight(logw), w.mean(-1), rtol=1e-12, atol=0)
+    w = logw.exp()
+    kish = w.sum(-1) ** 2 / (w**2).sum(-1)
+    torch.testing.assert_close(effective_sample_size(logw), kish, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean_weight(logw), w.mean(-1), rtol=1e-12, atol=0)
     flat = torch.full((25,), 700.0).double()
     torch.testing.assert_close(effective_sample_size(flat), torch.tensor(25.0).double())
     flat[3] = 2000.0
