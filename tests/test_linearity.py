@@ -86,6 +86,8 @@ def test_points_not_to_be_trusted_are_left_out_with_the_reason():
     assert got.verdicts[1] == got.verdicts[4] == "inconclusive"
     assert got.eta_max == (1.0, math.inf) and got.low[4].isnan()
     assert "Left out: 0.1 (below the noise floor 0.5); 4 (k-hat above 0.62)." in str(got)
+    assert str(got).startswith(got.describe(excluded=False) + " Left out: ")
+    assert "Left out" not in got.describe(0.1, " lr", excluded=False)
     # Fewer points, a narrower band.
     free = fp.linearity(*law([1.0, 2.0], lambda e: 0.05 * e))
     torch.testing.assert_close(got.low[2:4], free.low, rtol=1e-12, atol=1e-14)

@@ -46,12 +46,13 @@ def test_the_error_is_that_of_the_estimate_under_errors_of_the_scores(weights, p
 
     spread = torch.tensor([estimate(draw()) for _ in range(400)]).std()
     index = torch.arange(0, N, 2)
-    found = []
+    sample = dict(index=index, batch=batch, series=series)
+    errors = []
     for _ in range(50):
         off = fp.Scores(*(leaf[index] for leaf in draw()))
-        at = fp.rounding(base, off, index, batch, series, eta, proportional=False)
-        found.append(at.error)
-    assert torch.tensor(found).mean() == pytest.approx(float(spread), rel=0.12)
+        at = fp.rounding(base, off, eta=eta, proportional=False, **sample)
+        errors.append(at.error)
+    assert torch.tensor(errors).mean() == pytest.approx(float(spread), rel=0.12)
     slope = abs(float(series.value[0]))
     assert at.floor == pytest.approx(at.error / (0.1 * slope), rel=1e-6)
     assert at.relative == pytest.approx(at.error / (eta * slope), rel=1e-6)
@@ -62,8 +63,9 @@ def test_an_error_that_all_rows_share_is_not_averaged_away():
     series = fp.entropy_series(terms, batch)
     off = fp.Scores(torch.zeros(N, R), 1e-9 * batch.response)
     index = torch.arange(0, N, 4)
+    off = fp.Scores(*(x[index] for x in off))
     at = fp.rounding(
-        base, fp.Scores(*(x[index] for x in off)), index, batch, series, 1e-6, proportional=False
+        base, off, index=index, batch=batch, series=series, eta=1e-6, proportional=False
     )
     assert at.error == pytest.approx(1e-9, rel=0.2)  # of every token, and so of their mean
 
@@ -72,14 +74,14 @@ def test_increments_have_no_floor_unless_they_are_hopeless():
     batch, base, terms, _ = arrays()
     series = fp.entropy_series(terms, batch)
     small = fp.Scores(*(1e-6 * 1e-4 * t for t in terms[1]))
-    index = torch.arange(N)
-    good = fp.rounding(base, small, index, batch, series, 1e-6, proportional=True)
+    sample = dict(index=torch.arange(N), batch=batch, series=series, eta=1e-6)
+    good = fp.rounding(base, small, proportional=True, **sample)
     assert good.floor == 0 and good.relative < 0.05
     assert float(good.at([1e-12, 1e-3])[1] / good.at([1e-12, 1e-3])[0]) == pytest.approx(1e9)
     large = fp.Scores(*(1e-6 * 30 * t for t in terms[1]))
-    bad = fp.rounding(base, large, index, batch, series, 1e-6, proportional=True)
+    bad = fp.rounding(base, large, proportional=True, **sample)
     assert bad.floor == torch.inf
-    constant = fp.rounding(base, small, index, batch, series, 1e-6, proportional=False)
+    constant = fp.rounding(base, small, proportional=False, **sample)
     assert constant.at([0.0, 1e-3]).tolist() == [0.0, constant.error]
 
 
@@ -88,8 +90,25 @@ def test_what_cannot_be_measured_is_refused():
     series = fp.entropy_series(terms, batch)
     for eta, n in ((0.0, 5), (1e-6, 1)):
         off = fp.Scores(*(x[:n] for x in terms[1]))
+        sample = dict(index=torch.arange(n), batch=batch, series=series, eta=eta)
         with pytest.raises(ValueError, match="two or more rows"):
-            fp.rounding(base, off, torch.arange(n), batch, series, eta, proportional=True)
+            fp.rounding(base, off, proportional=True, **sample)
+
+
+def test_the_error_is_of_the_series_estimator_and_of_no_other():
+    batch, base, terms, _ = arrays()
+    off = fp.Scores(*(1e-10 * x for x in terms[1]))
+    sample = dict(index=torch.arange(N), batch=batch, eta=1e-6, proportional=True)
+    old = base.logp - 0.3 * base.entropy
+    on, away = (fp.entropy_series(terms, batch, behaviour=b) for b in (None, old))
+    known = fp.rounding(base, off, series=away, behaviour=old.clone(), **sample)
+    assert fp.rounding(base, off, series=away, **sample) == known
+    assert known.error != fp.rounding(base, off, series=on, **sample).error
+    for series, other in ((on, old), (away, old + 1.0)):
+        with pytest.raises(ValueError, match="rounding: the behaviour of the series was expected"):
+            fp.rounding(base, off, series=series, behaviour=other, **sample)
+    with pytest.raises(ValueError, match="scores are of the entropy, the series of the value"):
+        fp.rounding(base, off, series=on._replace(quantity="value"), **sample)
 
 
 def test_the_probe_measures_what_float32_loses(checkpoint, update, evaluation):

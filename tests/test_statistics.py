@@ -10,7 +10,6 @@ import torch
 
 import funcprobe as fp
 from funcprobe.statistics.estimators import Estimator
-from funcprobe.statistics.results import Diagnostics
 from funcprobe.statistics.uncertainty import by_group, standard_error
 from funcprobe.statistics.weights import (
     effective_sample_size,
@@ -251,25 +250,6 @@ def test_an_estimate_prints_itself():
     assert "no standard error" not in text
     series = fp.entropy_series((swept(batch).base, swept(batch).base), batch)
     assert str(series).startswith("d^1H/d eta^1 = ")
-
-
-def test_old_names_read_what_is_nested():
-    batch = rows()
-    old = swept(batch).base.logp
-    got = fp.entropy_change(swept(batch), batch, per="sequence", behaviour=old)
-    for name in Diagnostics._fields:
-        assert getattr(got, name) is getattr(got.diagnostics, name)
-    assert (got.weights, got.per, got.off_policy) == ("sequence", "sequence", True)
-    assert got.estimator.behaviour is old and got.quantity == "entropy"
-    names = (
-        "etas base value psi base_psi ess khat mean_weight weight_range mean_weight_z spread "
-        "largest_share kl clipped adjusted"
-    )
-    assert list(got.tensors()) == names.split()
-    again = fp.Estimate.from_tensors(got.tensors(), rows=got.rows, estimator=got.estimator)
-    for name, tensor in got.tensors().items():
-        assert getattr(again, name) is tensor
-    assert str(again) == str(got)
 
 
 def test_estimators_are_equal_by_what_they_read():

@@ -23,7 +23,8 @@ from .weights import (
     pareto_smooth,
 )
 
-_BLOCK = 2**19  # numbers of a sweep at a time: a few hundred MB with all that is made of them
+# How many numbers of a sweep are taken at a time: a few hundred MB with all that is made of them.
+_BLOCK = 2**19
 
 S = TypeVar("S", bound=Scored)
 Derivable = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -42,34 +43,37 @@ def entropy_change(
 ) -> Estimate:
     r"""The change of entropy at each eta from rows drawn at the base policy, by SNIS.
 
-    With ``e_i = expm1(sum_k l_ik)``, l the change of log-probability, ``w = 1 + e``, h and T a
-    row's summed entropy and length, dh its change of entropy,
+    Let l be the change of a token's log-probability and ``w = 1 + e`` the weight of a row, with
+    ``e_i = expm1(sum_k l_ik)``; h and T are a row's summed entropy and its length, and dh is the
+    change of h. Then
 
     .. math:: \Delta H = \frac{\sum w \, dh + \sum e (h - R T)}{\sum w T}, \quad
               R = \sum h / \sum T,
 
-    per token; per sequence the same with T = 1. It is the difference of the self-normalised ratio
-    at eta and at 0, but formed from differences, so that nothing cancels at small eta. Float64.
-    Bias O(eta / N), of the ratio; the entropy of each token is exact given its prefix.
+    per token; per sequence it is the same with T = 1. This is the self-normalised ratio at eta less
+    that at 0, formed from differences, so that nothing cancels at small eta. The ratio has a bias
+    of O(eta / N); the entropy of each token is exact given its prefix. All sums are in float64.
 
-    With prefix weights each token is weighted by its prefix alone, which is all that its entropy
-    and its being there depend on: ``omega_ik = exp(sum_{j<k} l_ij)``, frozen after the row's end,
-    over its mean at position k over all rows. With ``r = omega / mean(omega) - 1`` and a = 1 while
-    the row lives,
+    Prefix weights weight each token by its prefix alone, on which both its entropy and its being
+    there depend: ``omega_ik = exp(sum_{j<k} l_ij)``, which stays as it is after the row's end, over
+    its mean at position k over all rows. With ``r = omega / mean(omega) - 1`` and a = 1 while the
+    row lives,
 
     .. math:: \Delta H = \frac{\sum a (1 + r) \, dH + \sum a r (H - R)}{\sum T + \sum a r},
               \quad \text{per sequence } \frac{1}{N} \sum a [(1 + r) \, dH + r H].
 
-    Usually the smaller error; compare both on your own batch. "prefix_raw" has ``r = omega - 1``:
-    per sequence it is unbiased. ESS and k-hat are always those of the sequence weights.
+    They usually have the smaller error; `compare` shows both on your own batch. "prefix_raw" has
+    ``r = omega - 1``, which is unbiased per sequence. The diagnostics, ESS and k-hat among them,
+    are always those of the sequence weights.
 
-    Scores with a field `value` instead of `entropy` give the change of that quantity, on the same
-    terms; prefix weights need it to depend on the prefix alone. One number a response (a reward)
-    stands in any one position, with ``per="sequence"``. ``weights="none"`` sets w = 1: the change
-    of a plain mean over a fixed set, such as its log-probability.
+    Any quantity can take the place of the entropy: scores with a field `value` instead of `entropy`
+    give its change, on the same terms. Prefix weights need it to depend on the prefix alone. A
+    quantity with one number a response, such as a reward, stands in any one position, with
+    ``per="sequence"``. ``weights="none"`` sets w = 1 and gives the change of a plain mean over a
+    fixed set, such as its log-probability.
 
-    Errors are from influence values (linearisation), clustered by prompt, and are conditional on
-    the direction v. Owen, Monte Carlo theory (2013), 9.3; ESS is Kish's.
+    Errors come from influence values (linearisation), are clustered by prompt, and are conditional
+    on the direction v. Owen, Monte Carlo theory (2013), 9.3; ESS is Kish's.
 
     Args:
         sweep: of a scorer over `batch`: base [N, R] and change [K, N, R] of logp and entropy.
@@ -77,16 +81,20 @@ def entropy_change(
         weights: "sequence" (plain SNIS), "prefix" (position-normalised), "prefix_raw" or "none".
         per: "token" (ratio of sums) or "sequence" (mean of sums), in nats.
         behaviour: [N, R] nats, log-probabilities under the policy that sampled the rows, where that
-            is not the scored one: each row gets the base weight ``exp(sum logp - behaviour)``,
+            is not the scored one. Each row gets the base weight ``exp(sum logp - behaviour)``,
             self-normalised, in the base value, the change, the errors and all diagnostics.
-        control: [N, R] nats, a control variate for prefix weights: ``sum_k b_k (omega_{k+1} -
-            omega_k)``, of mean 0 if b_k is a function of the prefix alone, is subtracted from the
-            sum of entropies. Best is a guess of the entropy still to come after token k.
+        control: [N, R] nats, a control variate b for prefix weights. ``sum_k b_k (omega_{k+1} -
+            omega_k)``, whose mean is 0 if b_k is a function of the prefix alone, is subtracted from
+            the sum of entropies. The best b_k is a guess of the entropy still to come after k.
         clip: sequence weights are cut to at most this. The estimate is then that of the policy
-            ``~ min(w, clip) pi_0``, pulled towards the base: `clipped` gives the fraction of rows,
-            `adjusted` the change of the estimate, which estimates the bias. Ionides (2008).
+            ``~ min(w, clip) pi_0`` and pulled towards the base: `clipped` gives the fraction of
+            rows, and `adjusted` the change of the estimate, which estimates the bias. Ionides
+            (2008).
         smooth: the largest sequence weights are replaced by a fitted Pareto's quantiles; see
-            `pareto_smooth`. Errors take them as given.
+            `pareto_smooth`. Errors take the smoothed weights as given.
+
+    Returns:
+        The changes with their influence values, errors and diagnostics, on the CPU.
 
     Raises:
         ValueError: the batch is not that of the sweep, or holds a token of probability 0; options
@@ -129,10 +137,11 @@ def entropy_series(
 ) -> Series:
     r"""Derivatives at eta = 0 of the estimator of `entropy_change`, on the same rows, by jvp.
 
-    Of first order per token ``(1 / sum T) sum_i [dh_i + (h_i - R T_i) S_i]``, S a row's summed
-    derivative of log-probability: the limit of ``Delta H(eta) / eta``, noise included. With prefix
-    weights ``(1 / sum T) sum a [dH + (H - R) (c - mean c)]``, c the derivative summed over the
-    tokens before, its mean over all rows.
+    The first order per token is ``(1 / sum T) sum_i [dh_i + (h_i - R T_i) S_i]``, with S a row's
+    summed derivative of log-probability. It is the limit of ``Delta H(eta) / eta``, noise included.
+    With prefix weights it is ``(1 / sum T) sum a [dH + (H - R) (c - mean c)]``, with c the
+    derivative summed over the tokens before, and its mean over all rows. Like `entropy_change`, it
+    takes any quantity that the scores hold as `value`.
 
     Args:
         terms: from `taylor`: the scores and their derivatives, orders 0..M.
@@ -140,8 +149,11 @@ def entropy_series(
         weights, per, behaviour, control: those of the estimator. Clipping and smoothing do not
             change derivatives at 0.
 
+    Returns:
+        The derivatives of orders 1..M with their influence values, on the CPU.
+
     Raises:
-        ValueError: as `entropy_change`.
+        ValueError: the batch is not that of the terms, or holds a token of probability 0.
     """
     base, *derivatives = terms
     estimator = Estimator(weights, per, behaviour, control)
@@ -173,10 +185,11 @@ def entropy_covector(
 ) -> S:
     r"""The gradient of the estimate in the scores at eta = 0: ``slope = <covector, d scores>``.
 
-    Per token with sequence weights ``1 / sum T`` for the entropy and ``(h_i - R T_i) / sum T`` for
-    each log-probability; with prefix weights that of the entropy still to come, centred over rows.
-    Pulled back through the scorer it is the gradient of the entropy in the parameters, the change
-    of the sampling distribution included.
+    Per token with sequence weights it is ``1 / sum T`` for the entropy and
+    ``(h_i - R T_i) / sum T`` for each log-probability. With prefix weights the latter is the
+    entropy still to come, centred over rows. Pulled back through the scorer, the covector is the
+    gradient of the entropy in the parameters, which includes the change of the sampling
+    distribution. Like `entropy_change`, it takes any quantity that the scores hold as `value`.
 
     Args:
         scores: from `evaluate` at the base policy, arrays [N, R].
@@ -184,6 +197,9 @@ def entropy_covector(
 
     Returns:
         The same type as `scores`, arrays [N, R] of its dtype, on its device; 0 off the response.
+
+    Raises:
+        ValueError: the batch is not that of the scores, or holds a token of probability 0.
     """
     estimator = Estimator(weights, per, behaviour, control)
     inputs = read("entropy_covector", scores, batch, estimator, scores)

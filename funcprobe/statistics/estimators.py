@@ -1,10 +1,11 @@
 r"""The estimators as functions of sums over rows, from which values and errors follow alike.
 
-Each is ``T(sum_i m_i x_i)``: x_i what row i adds to each sum, m_i the row's weight, T a smooth
-function that does not change when all sums are scaled. With m = 1 it is the estimate; with counts
-drawn over prompts a bootstrap draw, with one prompt's at 0 a jackknife's, with base weights that of
-rows from another policy. Its derivative in m_i is the influence value
-``psi_i = m_i <grad T, x_i>``, and these sum to 0 (Euler). Arrays in, arrays out, float64.
+An estimator is ``T(sum_i m_i x_i)``, where x_i is what row i adds to each sum, m_i is the row's
+weight, and T is a smooth function that does not change when all sums are scaled. With m = 1 it
+gives the estimate; with counts drawn over prompts, one draw of the bootstrap; with m = 0 for one
+prompt, a value of the jackknife; with base weights, the estimate from rows of another policy. Its
+derivative in m_i is the influence value ``psi_i = m_i <grad T, x_i>``, and these sum to 0 (Euler).
+Everything takes arrays and returns arrays, in float64.
 """
 
 from collections.abc import Callable
@@ -123,7 +124,7 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 class Sums(NamedTuple):
-    """An estimate as a function of sums over rows."""
+    """An estimate as a smooth function T of sums over rows."""
 
     terms: Tensor  # [..., N, F] what each row adds to each of F sums
     combine: Callable[[Tensor], Tensor]  # sums [..., F] -> estimate [...]
@@ -133,19 +134,23 @@ class Sums(NamedTuple):
         return self.combine(self.terms.sum(-2))
 
     def influence(self, sums: Tensor | None = None) -> Tensor:
-        """Influence values by row, over n, [..., N]; the gradient taken at other sums if given."""
+        """Influence values by row, over n, [..., N], with the gradient of T at `sums` if given."""
         at = self.terms.sum(-2) if sums is None else sums
         slope = grad(lambda s: self.combine(s).sum())(at)
         return (self.terms * slope.unsqueeze(-2)).sum(-1)
 
 
 class Ground(NamedTuple):
-    """What does not depend on eta: the rows at the base policy."""
+    """The rows at the base policy, which do not depend on eta.
+
+    The level R is subtracted from x before anything is summed: it drops out of every change, and
+    otherwise large sums would cancel.
+    """
 
     response: Tensor  # [N, R] bool
     x: Tensor  # [N, R] the quantity, 0 off the response
-    size: Tensor  # [N] response length, or 1 per sequence
-    level: Tensor  # [] its ratio of sums; subtracting it changes no change, and nothing cancels
+    size: Tensor  # [N] T: the response's length, or 1 per sequence
+    level: Tensor  # [] R, the ratio of sums of x and T
     weight: Tensor  # [N] base weights over the largest, 1 on policy
     per: Per
 
@@ -160,7 +165,7 @@ def ground(x: Tensor, response: Tensor, per: Per, behaviour: Tensor | None = Non
 
 
 def base_sums(g: Ground) -> Sums:
-    """The estimate at the base policy, less its level: ``sum (x - level T) / sum T``."""
+    """The estimate at the base policy less its level, ``sum (x - R T) / sum T``."""
     terms = torch.stack([g.x.sum(-1) - g.level * g.size, g.size], -1)
     return Sums(terms * g.weight.unsqueeze(-1), lambda s: s[..., 0] / s[..., 1])
 
@@ -178,9 +183,9 @@ def change_sums(
 
     Args:
         g: the rows at the base policy.
-        logp, dx: changes, anything off the response.
+        logp, dx: the changes; what they hold off the response is ignored.
         weights: see `entropy_change`.
-        adjust: maps log sequence weights [..., N], to clip or smooth them.
+        adjust: clips or smooths log sequence weights [..., N]; None leaves them as they are.
         control: [N, R] coefficients of the control variate of prefix weights.
     """
     logp = torch.where(g.response, logp.double(), 0.0)
@@ -204,6 +209,34 @@ def _by_sequence(g: Ground, logw: Tensor, dx: Tensor) -> Sums:
     return Sums(_stacked(terms, g.weight), combine)
 
 
+class _PrefixSums(NamedTuple):
+    """What prefix weights are summed to over rows; a = 1 while a row lives, u its x less the level.
+
+    The last five are [..., R] with one sum a position where weights are normalised at each
+    position, and [..., 1] where they are not.
+    """
+
+    n: Tensor  # [..., 1] rows
+    size: Tensor  # [..., 1] T
+    x: Tensor  # [..., 1] sum u
+    drift: Tensor  # r, whose mean over rows normalises the weights at a position
+    moved: Tensor  # a [(1 + r) dx + r u]
+    extra: Tensor  # a r
+    u: Tensor  # a u
+    alive: Tensor  # a
+
+    def joined(self) -> Tensor:
+        """All of them side by side, [..., F]."""
+        shape = self.moved.shape[:-1]
+        return torch.cat([part.expand(*shape, part.shape[-1]) for part in self], -1)
+
+    @classmethod
+    def split(cls, sums: Tensor) -> "_PrefixSums":
+        """The parts of what `joined` gave, or of its sum over rows."""
+        positions = (sums.shape[-1] - 3) // 5
+        return cls(*sums.split([1, 1, 1, *[positions] * 5], -1))
+
+
 def _by_prefix(
     g: Ground, logp: Tensor, dx: Tensor, normalised: bool, control: Tensor | None
 ) -> Sums:
@@ -216,33 +249,31 @@ def _by_prefix(
     if control is not None:
         b = torch.where(g.response, control.double(), 0.0)
         moved = moved - b * rho * torch.expm1(logp)
-    ones, zero = torch.ones_like(g.size), torch.zeros_like(moved)
-    by_position = [r if normalised else zero, moved, alive * r, u, alive]
+    drift = r if normalised else torch.zeros_like(moved)
+    by_position = [drift, moved, alive * r, u, alive]
     if not normalised:
         by_position = [part.sum(-1, keepdim=True) for part in by_position]
-    rows = torch.stack([ones, g.size, u.sum(-1)], -1)
-    shape = moved.shape[:-1]
-    terms = torch.cat([x.expand(*shape, x.shape[-1]) for x in (rows, *by_position)], -1)
-    width = by_position[0].shape[-1]
+    n, size, x = torch.ones_like(g.size), g.size, u.sum(-1)
+    rows = _PrefixSums(*(part.unsqueeze(-1) for part in (n, size, x)), *by_position)
 
-    def combine(s: Tensor) -> Tensor:
-        n, size, h = s[..., :1], s[..., 1], s[..., 2]
-        drift, moved, extra, u, alive = s[..., 3:].split(width, -1)
-        mean = drift / n
-        top = ((moved - mean * u) / (1 + mean)).sum(-1)
+    def combine(sums: Tensor) -> Tensor:
+        s = _PrefixSums.split(sums)
+        mean = s.drift / s.n
+        top = ((s.moved - mean * s.u) / (1 + mean)).sum(-1)
         if not per_token:
-            return top / n.squeeze(-1)
-        tilt = ((extra - mean * alive) / (1 + mean)).sum(-1)
-        return (top - h / size * tilt) / (size + tilt)
+            return top / s.n.squeeze(-1)
+        tilt = ((s.extra - mean * s.alive) / (1 + mean)).sum(-1)
+        size, x = s.size.squeeze(-1), s.x.squeeze(-1)
+        return (top - x / size * tilt) / (size + tilt)
 
-    return Sums(terms * g.weight.unsqueeze(-1), combine)
+    return Sums(rows.joined() * g.weight.unsqueeze(-1), combine)
 
 
 def scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
-    """w and w - 1, both over the largest weight if that exceeds 1, so that neither overflows."""
+    """w and e = w - 1, both over the largest weight where that exceeds 1: neither overflows."""
     largest = logw.amax(-1, keepdim=True).detach()
-    # Where all are tiny they would underflow: w is scaled up, and the 1 of w - 1 dropped, since a
-    # constant in e cancels from the change and from psi.
+    # Where all weights are tiny they would underflow. There w is scaled up, and the 1 of w - 1 is
+    # dropped, since a constant in e cancels from the change and from psi.
     tiny = largest < -30
     c = torch.where(tiny, largest, largest.clamp(min=0))
     w = (logw - c).exp()
@@ -253,7 +284,10 @@ def scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def prefix_weights(logp: Tensor, normalised: bool = True) -> tuple[Tensor, Tensor]:
-    """Weights of the tokens before each, less 1 and as they are, [..., N, R]; over their mean."""
+    """Importance weights of the tokens before each, less 1 and as they are, [..., N, R].
+
+    Normalised, they are over their mean over all rows at each position.
+    """
     before = logp.cumsum(-1) - logp
     if not normalised:
         f = torch.expm1(before)
@@ -270,4 +304,5 @@ def prefix_weights(logp: Tensor, normalised: bool = True) -> tuple[Tensor, Tenso
 
 
 def _stacked(terms: list[Tensor], weight: Tensor) -> Tensor:
+    """Terms [..., N] side by side, times the rows' weights: [..., N, F]."""
     return torch.stack(torch.broadcast_tensors(*terms), -1) * weight.unsqueeze(-1)

@@ -1,14 +1,17 @@
 """How far the linear law holds: the change over its line, a band around it, a verdict."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .results import Estimate, Series, check_same_estimator
+from .tables import html_table, shortened
 from .uncertainty import band, standard_error, t_quantile
 from .weights import khat_limit
+
+Verdict = Literal["holds", "fails", "inconclusive"]
 
 
 class Ratio(NamedTuple):
@@ -22,16 +25,29 @@ class Ratio(NamedTuple):
         """[K] standard errors, clustered by prompt; the noise that both share cancels."""
         return standard_error(self.psi)
 
+    def _rows(self) -> list[tuple[str, str]]:
+        pairs = zip(self.value.tolist(), self.stderr.tolist(), strict=True)
+        return [(_percent(value), _percent(error).removeprefix("+")) for value, error in pairs]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{value} +- {error} off the line" for value, error in self._rows())
+
+    def __repr__(self) -> str:
+        return "\n".join(shortened(str(self).splitlines(), "..."))
+
+    def _repr_html_(self) -> str:
+        return html_table(("off the line", "+-"), shortened(self._rows(), ("...", "...")))
+
 
 def ratio(change: Estimate, series: Series) -> Ratio:
     """The measured change relative to the line, with its joint error.
 
     ``psi = psi_change / (eta slope) - Delta H psi_slope / (eta slope^2)`` (the delta method).
-    Meaningless where the slope itself is within its error of 0.
+    It means nothing where the slope itself is within its error of 0.
 
     Args:
         change: from `entropy_change`.
-        series: from `entropy_series`, of the same rows, unit and weights.
+        series: from `entropy_series`, of the same rows and the same estimator.
 
     Raises:
         ValueError: the two are not of one estimator on the same prompts.
@@ -53,10 +69,10 @@ class Linearity(NamedTuple):
     low: Tensor  # [K] the band, simultaneous over the points that are not excluded; nan there
     high: Tensor  # [K]
     excluded: tuple[str, ...]  # [K] why a point was left out; "" where it was not
-    verdicts: tuple[str, ...]  # [K] "holds" | "fails" | "inconclusive", by the band at that point
+    verdicts: tuple[Verdict, ...]  # [K] by the band at that point; "inconclusive" where left out
     holds: float  # the line holds up to this |eta|; 0 if nowhere
     fails: float  # and fails from this |eta|; inf if nowhere
-    verdict: str  # "holds" at all points, "fails" at some, or "inconclusive"
+    verdict: Verdict  # "holds" at all points, "fails" at some, or "inconclusive"
     tolerance: float
     level: float
 
@@ -70,8 +86,14 @@ class Linearity(NamedTuple):
         """The largest |eta| at which the line holds lies between these: ``(holds, fails)``."""
         return self.holds, self.fails
 
-    def describe(self, unit: float = 1.0, name: str = "") -> str:
-        """The verdict in a sentence, etas over `unit`, whose name follows them."""
+    def describe(self, unit: float = 1.0, name: str = "", *, excluded: bool = True) -> str:
+        """The verdict in a sentence.
+
+        Args:
+            unit: etas are shown in multiples of it.
+            name: of the unit; it follows each eta.
+            excluded: whether a second sentence says which points were left out, and why.
+        """
 
         def at(eta: float) -> str:
             return f"{eta / unit:.4g}{name}"
@@ -88,11 +110,38 @@ class Linearity(NamedTuple):
         for eta, reason in zip(self.etas.tolist(), self.excluded, strict=True):
             if reason and eta:
                 left_out.setdefault(reason, []).append(at(eta))
-        reasons = [f"{_listed(found)} ({reason})" for reason, found in left_out.items()]
-        return text + (f" Left out: {'; '.join(reasons)}." if reasons else "")
+        if not excluded or not left_out:
+            return text
+        reasons = (f"{_listed(etas)} ({reason})" for reason, etas in left_out.items())
+        return f"{text} Left out: {'; '.join(reasons)}."
 
     def __str__(self) -> str:
         return self.describe()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        numbers = (self.etas, self.ratio, self.stderr, self.low, self.high)
+        rows = [
+            (
+                f"{eta:.3g}",
+                *(_percent(value) for value in values),
+                reason or verdict,
+            )
+            for (eta, *values), reason, verdict in zip(
+                zip(*(x.tolist() for x in numbers), strict=True),
+                self.excluded,
+                self.verdicts,
+                strict=True,
+            )
+        ]
+        columns = ("eta", "off the line", "+-", "band from", "to", "verdict")
+        return html_table(columns, shortened(rows, ("...",) * len(columns)), str(self))
+
+
+def _percent(value: float) -> str:
+    return f"{value:+.2%}" if math.isfinite(value) else "-"
 
 
 def _listed(words: list[str]) -> str:
@@ -111,23 +160,24 @@ def linearity(
 ) -> Linearity:
     r"""Up to which eta the change stays within a tolerance of the line through its slope.
 
-    ``r(eta) = Delta H / (eta slope) - 1`` with joint influence values, in which noise that change
+    ``r(eta) = Delta H / (eta slope) - 1`` has joint influence values, in which noise that change
     and slope share cancels, and a band around it that covers all points at once (see `band`). The
     line holds up to the largest ``|eta|`` whose whole band, and that of every smaller one, lies
     within the tolerance; it fails from the first whose whole band lies outside; between the two
     nothing is sure. Both signs of eta must hold, each from 0 outwards.
 
-    Left out, with the reason: points whose k-hat is above its limit, points below `floor`, and all
-    of them where the slope is within its error of 0 or there is one prompt. The band is of first
-    order in the noise (delta method), its level is approximate below about 30 prompts.
+    Points whose k-hat is above its limit and points below `floor` are left out, and all of them
+    where the slope is within its error of 0 or where there is one prompt; each has its reason. The
+    band is of first order in the noise (delta method), and its level is approximate below about 30
+    prompts.
 
     Args:
         change: from `entropy_change`.
-        series: from `entropy_series`, of the same rows, unit and weights.
+        series: from `entropy_series`, of the same rows and the same estimator.
         tolerance: on ``|r|``.
         level: of the band and of the slope's test.
         draws, seed: of the band's multiplier bootstrap.
-        floor: ``|eta|`` below which rounding drowns the change; none if not given.
+        floor: ``|eta|`` below which rounding drowns the change; None if there is none.
 
     Raises:
         ValueError: tolerance or level out of range; what `ratio` raises.
@@ -146,30 +196,64 @@ def linearity(
     low, high = law.value - half, law.value + half
     inside = (low >= -tolerance) & (high <= tolerance)
     outside = (low > tolerance) | (high < -tolerance)
-    verdicts = tuple(
-        "holds" if i else "fails" if o else "inconclusive"
-        for i, o in zip(inside.tolist(), outside.tolist(), strict=True)
-    )
     holds, fails = _reach(change.etas, used, inside, outside)
-    verdict = "inconclusive"
-    if used.any() and inside[used].all():
-        verdict = "holds"
-    elif outside.any():
-        verdict = "fails"
     return Linearity(
-        change.etas,
-        law.value,
-        law.psi,
-        low,
-        high,
-        excluded,
-        verdicts,
-        holds,
-        fails,
-        verdict,
-        tolerance,
-        level,
+        etas=change.etas,
+        ratio=law.value,
+        psi=law.psi,
+        low=low,
+        high=high,
+        excluded=excluded,
+        verdicts=_verdicts(inside, outside),
+        holds=holds,
+        fails=fails,
+        verdict=_overall(used, inside, outside),
+        tolerance=tolerance,
+        level=level,
     )
+
+
+def _excluded(
+    change: Estimate, series: Series, level: float, floor: float | None
+) -> tuple[str, ...]:
+    """Why each point is left out, [K]; "" where it is not."""
+    everywhere = _undecidable(series, level)
+    limit = khat_limit(change.rows)
+    reasons = []
+    for eta, khat in zip(change.etas.tolist(), change.khat.tolist(), strict=True):
+        reason = everywhere
+        if eta == 0:
+            reason = "eta = 0"
+        elif not reason and floor is not None and abs(eta) < floor:
+            reason = f"below the noise floor {floor:.2g}"
+        elif not reason and khat > limit:
+            reason = f"k-hat above {limit:.2f}"
+        reasons.append(reason)
+    return tuple(reasons)
+
+
+def _undecidable(series: Series, level: float) -> str:
+    """Why nothing can be said of any point; "" if something can."""
+    g = series.psi.shape[-1]
+    if g < 2:
+        return "one prompt has no error"
+    slope, error = abs(float(series.value[0])), float(series.stderr[0])
+    if not slope > t_quantile(level, g - 1) * error:
+        return "the slope is within its error of 0: more prompts are needed"
+    return ""
+
+
+def _verdicts(inside: Tensor, outside: Tensor) -> tuple[Verdict, ...]:
+    """The verdict at each point, [K]."""
+    pairs = zip(inside.tolist(), outside.tolist(), strict=True)
+    return tuple("holds" if i else "fails" if o else "inconclusive" for i, o in pairs)
+
+
+def _overall(used: Tensor, inside: Tensor, outside: Tensor) -> Verdict:
+    """The verdict over all points that are not left out."""
+    if used.any() and inside[used].all():
+        return "holds"
+    return "fails" if outside.any() else "inconclusive"
 
 
 def _reach(etas: Tensor, used: Tensor, inside: Tensor, outside: Tensor) -> tuple[float, float]:
@@ -186,27 +270,3 @@ def _reach(etas: Tensor, used: Tensor, inside: Tensor, outside: Tensor) -> tuple
         off = outside[side].nonzero().flatten()
         fails.append(float(size[off[0]]) if len(off) else math.inf)
     return min(holds, default=0.0), min(fails, default=math.inf)
-
-
-def _excluded(
-    change: Estimate, series: Series, level: float, floor: float | None
-) -> tuple[str, ...]:
-    everywhere = ""
-    g = change.psi.shape[-1]
-    slope, error = abs(float(series.value[0])), float(series.stderr[0])
-    if g < 2:
-        everywhere = "one prompt has no error"
-    elif not slope > t_quantile(level, g - 1) * error:
-        everywhere = "the slope is within its error of 0: more prompts are needed"
-    limit = khat_limit(change.rows)
-    reasons = []
-    for eta, khat in zip(change.etas.tolist(), change.khat.tolist(), strict=True):
-        reason = everywhere
-        if eta == 0:
-            reason = "eta = 0"
-        elif not reason and floor is not None and abs(eta) < floor:
-            reason = f"below the noise floor {floor:.2g}"
-        elif not reason and khat > limit:
-            reason = f"k-hat above {limit:.2f}"
-        reasons.append(reason)
-    return tuple(reasons)

@@ -1,6 +1,6 @@
 """Jackknife and bootstrap of the estimators over prompts, by reweighting sums: no forwards.
 
-The rows of one prompt are correlated, so prompts are what is left out and drawn. With a single
+The rows of one prompt are correlated, so that prompts are what is left out and drawn. With a single
 prompt every error is nan.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .estimators import Estimator, Per, Rows, Sums, Weights
 from .inputs import Swept, read
+from .tables import formatted, html_table, shortened
 from .uncertainty import ONE_PROMPT, by_group, standard_error
 
 
@@ -24,13 +25,27 @@ class Jackknife(NamedTuple):
     stderr: Tensor  # [K]
     note: str = ""  # why there is no error, if there is none
 
-    def __str__(self) -> str:
-        rows = zip(self.etas, self.value, self.bias, self.stderr, strict=True)
+    def _rows(self) -> list[tuple[str, ...]]:
+        """For each eta the change, its error and its bias, as text."""
+        columns = (self.etas, self.value, self.stderr, self.bias)
+        return formatted([x.tolist() for x in columns], (".3g", "+.3e", ".1e", "+.1e"))
+
+    def _lines(self) -> list[str]:
         lines = [
-            f"{float(v):+.3e} +- {float(e):.1e} (bias {float(b):+.1e}) at eta = {float(eta):.3g}"
-            for eta, v, b, e in rows
+            f"{value} +- {error} (bias {bias}) at eta = {eta}"
+            for eta, value, error, bias in self._rows()
         ]
-        return "\n".join([*lines, self.note] if self.note else lines)
+        return [*lines, self.note] if self.note else lines
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def __repr__(self) -> str:
+        return "\n".join(shortened(self._lines(), "..."))
+
+    def _repr_html_(self) -> str:
+        columns = ("eta", "change", "+-", "bias")
+        return html_table(columns, shortened(self._rows(), ("...",) * len(columns)), self.note)
 
 
 class Bootstrap(NamedTuple):
@@ -45,14 +60,27 @@ class Bootstrap(NamedTuple):
     level: float
     note: str = ""  # why there is no error, or what to mind
 
-    def __str__(self) -> str:
-        rows = zip(self.etas, self.value, self.low, self.high, strict=True)
+    def _rows(self) -> list[tuple[str, ...]]:
+        """For each eta the change and the ends of its interval, as text."""
+        columns = (self.etas, self.value, self.low, self.high)
+        return formatted([x.tolist() for x in columns], (".3g", "+.3e", "+.3e", "+.3e"))
+
+    def _lines(self) -> list[str]:
         lines = [
-            f"{float(v):+.3e}, {self.level:.0%} in [{float(low):+.3e}, {float(high):+.3e}] at "
-            f"eta = {float(eta):.3g}"
-            for eta, v, low, high in rows
+            f"{value}, {self.level:.0%} in [{low}, {high}] at eta = {eta}"
+            for eta, value, low, high in self._rows()
         ]
-        return "\n".join([*lines, self.note] if self.note else lines)
+        return [*lines, self.note] if self.note else lines
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def __repr__(self) -> str:
+        return "\n".join(shortened(self._lines(), "..."))
+
+    def _repr_html_(self) -> str:
+        columns = ("eta", "change", f"{self.level:.0%} from", "to")
+        return html_table(columns, shortened(self._rows(), ("...",) * len(columns)), self.note)
 
 
 def jackknife(
@@ -67,22 +95,33 @@ def jackknife(
 
     With ``T_g`` the estimate without prompt g,
     ``stderr^2 = (G - 1) / G sum (T_g - mean T_g)^2`` and ``bias = (G - 1) (mean T_g - T)``, which
-    is off by O(1 / G^2). Exact re-evaluation, no linearisation. Efron and Stein (1981).
+    is off by O(1 / G^2). The estimator is evaluated again exactly, without linearisation. Efron and
+    Stein (1981).
 
     Args:
         sweep, batch, weights, per, behaviour: as for `entropy_change`.
+
+    Raises:
+        ValueError: what `entropy_change` raises.
     """
-    etas, values, biases, errors = sweep.etas.cpu(), [], [], []
-    for sums in _by_prompt("jackknife", sweep, batch, Estimator(weights, per, behaviour)):
-        total = sums.terms.sum(0)
-        value, g = sums.combine(total), len(sums.terms)
-        without = sums.combine(total - sums.terms)
-        values.append(value)
-        biases.append((g - 1) * (without - value).mean() if g > 1 else value * torch.nan)
-        errors.append(((g - 1) * (without - without.mean()).square().mean()).sqrt())
-        errors[-1] = errors[-1] if g > 1 else value * torch.nan
-    columns = (torch.stack(column).cpu() for column in (values, biases, errors))
-    return Jackknife(etas, *columns, "" if g > 1 else ONE_PROMPT)
+    estimator = Estimator(weights, per, behaviour)
+    columns = [_left_out(sums) for sums in _by_prompt("jackknife", sweep, batch, estimator)]
+    value, bias, stderr = (torch.stack(column).cpu() for column in zip(*columns, strict=True))
+    note = "" if _prompts(batch) > 1 else ONE_PROMPT
+    return Jackknife(sweep.etas.cpu(), value, bias, stderr, note)
+
+
+def _left_out(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+    """The estimate from sums over prompts, its bias and its standard error; nan for one prompt."""
+    g, total = len(sums.terms), sums.terms.sum(0)
+    value = sums.combine(total)
+    if g < 2:
+        nothing = torch.full_like(value, torch.nan)
+        return value, nothing, nothing
+    without = sums.combine(total - sums.terms)
+    bias = (g - 1) * (without - value).mean()
+    stderr = ((g - 1) * (without - without.mean()).square().mean()).sqrt()
+    return value, bias, stderr
 
 
 def bootstrap(
@@ -100,10 +139,10 @@ def bootstrap(
 ) -> Bootstrap:
     r"""Prompt bootstrap of `entropy_change`, without a forward.
 
-    Each draw weights the prompts by how often they are drawn, with replacement, and re-evaluates
-    the estimator. The interval is between percentiles of the draws or, studentised, the
-    bootstrap-t ``[T - q_high stderr, T - q_low stderr]``, q quantiles of (T* - T) / stderr*: the
-    better one below about 30 prompts. Efron and Tibshirani (1993), chapters 12 and 13.
+    Each draw weights the prompts by how often they are drawn, with replacement, and evaluates the
+    estimator again. The interval is between percentiles of the draws or, studentised, the
+    bootstrap-t ``[T - q_high stderr, T - q_low stderr]``, q quantiles of (T* - T) / stderr*, which
+    is the better one below about 30 prompts. Efron and Tibshirani (1993), chapters 12 and 13.
 
     Args:
         sweep, batch, weights, per, behaviour: as for `entropy_change`.
@@ -117,34 +156,72 @@ def bootstrap(
         ValueError: studentised and bayesian at once; what `entropy_change` raises.
     """
     if studentised and bayesian:
-        raise ValueError("bootstrap: studentised needs counts of prompts; leave bayesian= out.")
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    times, g = None, 0
-    values, spread, ends, all_draws = [], [], [], []
-    for sums in _by_prompt("bootstrap", sweep, batch, Estimator(weights, per, behaviour)):
-        if times is None:
-            g = len(sums.terms)
-            times = _multiplicities(draws, g, seed, bayesian).to(sums.terms)
-        value, drawn = sums.value(), times @ sums.terms
-        there = sums.combine(drawn)
-        low_high = there.quantile(tails.to(there))
-        if studentised:
-            psi = _influences(sums, drawn)
-            error = (g / max(g - 1, 1) * (times * psi * psi).sum(-1)).sqrt()
-            own = standard_error(sums.influence())
-            # A draw of one prompt alone has no spread, and says nothing of t.
-            t = torch.where(error > 1e-9 * own, (there - value) / error, torch.nan)
-            low_high = value - (own * t.nanquantile(tails.to(t)).flip(0)).nan_to_num(0.0)
-        values.append(value)
-        spread.append(there.std() if g > 1 else value * torch.nan)
-        ends.append(low_high if g > 1 else low_high * torch.nan)
-        all_draws.append(there)
-    low, high = torch.stack(ends, -1).cpu()
+        raise ValueError(
+            "bootstrap: studentised or bayesian was expected, not both. Studentised intervals need "
+            "counts of prompts: leave bayesian= out."
+        )
+    g = _prompts(batch)
+    times = _multiplicities(draws, g, seed, bayesian)
+    estimator = Estimator(weights, per, behaviour)
+    columns = [
+        _resampled(sums, times, level, studentised)
+        for sums in _by_prompt("bootstrap", sweep, batch, estimator)
+    ]
+    value, stderr, ends, drawn = (
+        torch.stack(column, -1).cpu() for column in zip(*columns, strict=True)
+    )
     note = "" if g > 1 else ONE_PROMPT
     if 1 < g < 30 and not studentised:
         note = f"only {g} prompts: percentile intervals are too narrow. Use studentised=True."
-    stacked = (torch.stack(values).cpu(), torch.stack(spread).cpu(), low, high)
-    return Bootstrap(sweep.etas.cpu(), *stacked, torch.stack(all_draws, -1).cpu(), level, note)
+    return Bootstrap(sweep.etas.cpu(), value, stderr, ends[0], ends[1], drawn, level, note)
+
+
+class _Resampled(NamedTuple):
+    """The bootstrap of one change."""
+
+    value: Tensor  # []
+    stderr: Tensor  # []
+    ends: Tensor  # [2] of the interval
+    drawn: Tensor  # [B] the change in each draw
+
+
+def _resampled(sums: Sums, times: Tensor, level: float, studentised: bool) -> _Resampled:
+    """The change from sums over prompts, and from those of the draws; nan errors for one prompt."""
+    times = times.to(sums.terms)
+    value, totals = sums.value(), times @ sums.terms
+    drawn = sums.combine(totals)
+    tails = drawn.new_tensor([(1 - level) / 2, (1 + level) / 2])
+    if len(sums.terms) < 2:
+        nothing = torch.full_like(value, torch.nan)
+        return _Resampled(value, nothing, torch.full_like(tails, torch.nan), drawn)
+    if studentised:
+        ends = _bootstrap_t(sums, times, totals, drawn - value, tails)
+    else:
+        ends = drawn.quantile(tails)
+    return _Resampled(value, drawn.std(), ends, drawn)
+
+
+def _bootstrap_t(sums: Sums, times: Tensor, totals: Tensor, moved: Tensor, tails: Tensor) -> Tensor:
+    """The ends [2] of the bootstrap-t interval.
+
+    Args:
+        sums: over prompts.
+        times: [B, G] how often each prompt is in each draw.
+        totals: [B, F] the sums of the draws.
+        moved: [B] how far the draws are from the estimate.
+        tails: [2] the probabilities at the interval's ends.
+    """
+    g = len(sums.terms)
+    psi = _influences(sums, totals)
+    error = (g / (g - 1) * (times * psi * psi).sum(-1)).sqrt()
+    stderr = standard_error(sums.influence())
+    # A draw of one prompt alone has no spread, and says nothing of t.
+    t = torch.where(error > 1e-9 * stderr, moved / error, torch.nan)
+    return sums.value() - (stderr * t.nanquantile(tails).flip(0)).nan_to_num(0.0)
+
+
+def _prompts(batch: Rows) -> int:
+    return len(batch.group.unique())
 
 
 def _by_prompt(function: str, sweep: Swept, batch: Rows, estimator: Estimator) -> Iterator[Sums]:

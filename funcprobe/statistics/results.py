@@ -1,5 +1,6 @@
 """What the estimators return: changes and derivatives with the influence values of their errors."""
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Self
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from .estimators import Estimator, Per, Weights
 from .inputs import Quantity
+from .tables import html_table, shortened
 from .uncertainty import ONE_PROMPT, interval, standard_error
 
 
@@ -77,7 +79,7 @@ class Estimate(NamedTuple):
     @property
     def unit(self) -> str:
         """What `value` is in: nats/token, nats/sequence, or per token of another quantity."""
-        return f"nats/{self.per}" if self.quantity == "entropy" else f"per {self.per}"
+        return _unit(self.per, self.quantity)
 
     @property
     def ess(self) -> Tensor:
@@ -169,18 +171,38 @@ class Estimate(NamedTuple):
             quantity=quantity,
         )
 
-    def __str__(self) -> str:
+    def _lines(self) -> list[str]:
         name = "dH" if self.quantity == "entropy" else "d value"
+        columns = (self.etas, self.value, self.stderr, self.ess)
         lines = [
-            f"{name} = {float(value):+.3e} +- {float(error):.1e} {self.unit} at eta = "
-            f"{float(eta):.3g}, ESS {float(ess):.0f}/{self.rows}"
-            for eta, value, error, ess in zip(
-                self.etas, self.value, self.stderr, self.ess, strict=True
-            )
+            f"{name} = {value:+.3e} +- {error:.1e} {self.unit} at eta = {eta:.3g}, "
+            f"ESS {ess:.0f}/{self.rows}"
+            for eta, value, error, ess in zip(*(x.tolist() for x in columns), strict=True)
         ]
-        if self.psi.shape[-1] < 2:
-            lines.append(ONE_PROMPT)
-        return "\n".join(lines)
+        return lines if self.psi.shape[-1] > 1 else [*lines, ONE_PROMPT]
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def __repr__(self) -> str:
+        return "\n".join(shortened(self._lines(), "..."))
+
+    def _repr_html_(self) -> str:
+        name = "dH" if self.quantity == "entropy" else "d value"
+        numbers = (self.etas, self.value, self.stderr, self.ess, self.khat)
+        rows = [
+            (
+                f"{eta:.3g}",
+                f"{value:+.3e}",
+                f"{error:.1e}",
+                f"{ess:.0f}/{self.rows}",
+                "-" if math.isnan(khat) else f"{khat:.2f}",
+            )
+            for eta, value, error, ess, khat in zip(*(x.tolist() for x in numbers), strict=True)
+        ]
+        columns = ("eta", f"{name} [{self.unit}]", "+-", "ESS", "k-hat")
+        note = ONE_PROMPT if self.psi.shape[-1] < 2 else ""
+        return html_table(columns, shortened(rows, ("...",) * len(columns)), note)
 
 
 class Series(NamedTuple):
@@ -227,12 +249,36 @@ class Series(NamedTuple):
         """Its tensors by name, as a report stores them."""
         return {"value": self.value, "psi": self.psi}
 
-    def __str__(self) -> str:
+    @property
+    def unit(self) -> str:
+        """What a change is in, as in `Estimate`; order m is in this unit per unit of eta^m."""
+        return _unit(self.per, self.quantity)
+
+    def _rows(self) -> list[tuple[str, str, str, str]]:
+        """For each order its name, value, error and unit, as text."""
         name = "H" if self.quantity == "entropy" else "value"
+        rows = []
+        for m, value, error in zip(
+            range(1, len(self.value) + 1), self.value.tolist(), self.stderr.tolist(), strict=True
+        ):
+            unit = f"{self.unit} per unit of eta" + (f"^{m}" if m > 1 else "")
+            rows.append((f"d^{m}{name}/d eta^{m}", f"{value:+.4e}", f"{error:.1e}", unit))
+        return rows
+
+    def __str__(self) -> str:
         return "\n".join(
-            f"d^{m}{name}/d eta^{m} = {float(value):+.4e} +- {float(error):.1e}"
-            for m, (value, error) in enumerate(zip(self.value, self.stderr, strict=True), start=1)
+            f"{name} = {value} +- {error} {unit}" for name, value, error, unit in self._rows()
         )
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        return html_table(("derivative", "value", "+-", "unit"), self._rows())
+
+
+def _unit(per: Per, quantity: Quantity) -> str:
+    return f"nats/{per}" if quantity == "entropy" else f"per {per}"
 
 
 def polynomial(derivatives: Tensor, t: Tensor) -> Tensor:

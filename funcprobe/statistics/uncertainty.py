@@ -34,12 +34,22 @@ def interval(value: Tensor, psi: Tensor, level: float = 0.95) -> Tensor:
 
 
 def band(psi: Tensor, *, level: float = 0.95, draws: int = 2000, seed: int = 0) -> Tensor:
-    r"""Half-widths [K] of a band that covers all K values at once, from psi [K, G].
+    r"""Half-widths of a band that covers all K values at once.
 
-    ``c stderr_k`` with c the `level` quantile of ``max_k |sum_g xi_g psi_kg| / (s stderr_k)``,
-    xi standard normal and s^2 an independent chi-square over its G - 1 degrees of freedom: the
-    Gaussian multiplier bootstrap of the maximum, with the noise of the standard errors. With K = 1
-    it is Student's interval. nan for a single prompt.
+    They are ``c stderr_k`` with c the `level` quantile of
+    ``max_k |sum_g xi_g psi_kg| / (s stderr_k)``, xi standard normal and s^2 an independent
+    chi-square over its G - 1 degrees of freedom. This is the Gaussian multiplier bootstrap of the
+    maximum, to which s adds the noise of the standard errors. With K = 1 the band is Student's
+    interval.
+
+    Args:
+        psi: [K, G] influence values by prompt.
+        level: the probability that all K values lie within the band.
+        draws: the number of draws from which the quantile is read.
+        seed: of the draws.
+
+    Returns:
+        [K] half-widths in the unit of `psi`; nan for a single prompt.
 
     Chernozhukov, Chetverikov and Kato, arXiv 1212.6906; Hothorn, Bretz and Westfall,
     arXiv 0803.1706, for the multivariate t.
@@ -61,7 +71,8 @@ def t_quantile(level: float, df: int) -> float:
     """The t for which Student's distribution holds `level` within +-t; nan for df < 1.
 
     Abramowitz and Stegun (1964), 26.7.3 and 26.7.4, inverted by bisection; from 1,000 degrees of
-    freedom on 26.7.5.
+    freedom on 26.7.5. It is computed here because no package that this one requires offers the
+    quantile.
 
     >>> round(t_quantile(0.95, 9), 6)
     2.262157
@@ -79,7 +90,7 @@ def t_quantile(level: float, df: int) -> float:
 
 
 def _t_within(angle: float, df: int) -> float:
-    """The probability that |t| < sqrt(df) tan(angle)."""
+    """The probability that |t| < sqrt(df) tan(angle), by the finite sums in sine and cosine."""
     s, c = math.sin(angle), math.cos(angle)
     odd = df % 2
     term, total = (c if odd else 1.0), 0.0

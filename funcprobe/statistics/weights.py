@@ -1,4 +1,4 @@
-"""Importance weights of sequences drawn at the base policy, and what they say of themselves."""
+"""Importance weights of sequences drawn at the base policy, and how far they can be trusted."""
 
 import math
 from collections.abc import Callable
@@ -32,8 +32,9 @@ def mean_weight(logw: Tensor) -> Tensor:
 def mean_weight_z(logw: Tensor, group: Tensor) -> Tensor:
     """``(mean(w) - 1) / stderr``, [...], the error clustered by prompt; nan where all w are 1.
 
-    A test that the rows came from the scored policy, and at small changes only: where the log
-    weights spread by 0.3, 1, 2 and 3, |z| > 4 in 0.07%, 1.1%, 14% and 46% of correct batches of 48.
+    It tests that the rows came from the scored policy, and holds at small changes only: where the
+    log weights spread by 0.3, 1, 2 and 3, |z| > 4 in 0.07%, 1.1%, 14% and 46% of correct batches of
+    48.
     """
     e = torch.expm1(logw.clamp(max=30))
     mean = e.mean(-1)
@@ -49,8 +50,9 @@ def largest_share(logw: Tensor) -> Tensor:
 def kl(logw: Tensor, logb: Tensor | None = None) -> Tensor:
     """``KL(pi_0 || pi_eta)`` per sequence, [...] nats, from log weights [..., N].
 
-    ``log mean(w) - mean(log w)``: minus the mean log weight with w self-normalised, equal to the
-    mean of ``w - 1 - log w`` with those w. Never negative; bias O(1 / N), downwards.
+    It is ``log mean(w) - mean(log w)``, minus the mean log weight with w self-normalised, which
+    equals the mean of ``w - 1 - log w`` with those w. It is never negative, and biased downwards
+    by O(1 / N).
 
     Args:
         logw: log weights of the shifted policy over the base.
@@ -59,16 +61,16 @@ def kl(logw: Tensor, logb: Tensor | None = None) -> Tensor:
     share = torch.full_like(logw[..., :1], 1 / logw.shape[-1])
     share = share.expand_as(logw) if logb is None else logb.softmax(-1).expand_as(logw)
     centred = logw - (share * logw).sum(-1, keepdim=True)
-    # expm1 keeps small changes exact; the centred values' own mean is rounding.
+    # expm1 keeps small changes exact; the mean of the centred values is rounding alone.
     small = torch.log1p((share * torch.expm1(centred.clamp(max=30))).sum(-1))
     large = (centred + share.log()).logsumexp(-1)
     return torch.where(centred.amax(-1) > 30, large, small)
 
 
 def khat_limit(rows: int) -> float:
-    """``min(1 - 1 / log10 N, 0.7)``: above it the estimate is not to be trusted; nan for N <= 10.
+    """The k-hat above which an estimate is not to be trusted; nan for N <= 10.
 
-    Vehtari et al., arXiv 1507.02646.
+    ``min(1 - 1 / log10 N, 0.7)``. Vehtari et al., arXiv 1507.02646.
     """
     return min(1 - 1 / math.log10(rows), 0.7) if rows > 10 else math.nan
 
@@ -77,35 +79,39 @@ def pareto_khat(logw: Tensor) -> Tensor:
     """The shape of a generalised Pareto fitted to the largest weights, [...] from [..., N].
 
     Above ``min(1 - 1 / log10 N, 0.7)`` the error bars of an importance-sampling mean cannot be
-    trusted. The tail is the ``min(N / 5, 3 sqrt N)`` largest weights, rounded down; nan where it is
-    not defined: equal weights (eta = 0) or fewer than 5 in the tail.
+    trusted. The tail holds the ``min(N / 5, 3 sqrt N)`` largest weights, rounded down. k-hat is nan
+    where it is not defined: where all weights are equal (eta = 0), or fewer than 5 are in the tail.
 
-    Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646; the fit is Zhang and Stephens 2009
-    with the prior of the former, as ArviZ (arviz_stats 0.8) computes it.
+    Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646. The fit is that of Zhang and Stephens
+    (2009) with the prior of the former, as ArviZ (arviz_stats 0.8) computes it.
     """
-    return _each_row(lambda x: _fit(x)[0], logw)
+    return _by_row(lambda x: _fit(x)[0], logw)
 
 
 def pareto_smooth(logw: Tensor) -> Tensor:
     """Log weights [..., N] whose largest are replaced by the fitted Pareto's expected quantiles.
 
-    The j-th smallest of the M in the tail becomes its quantile at ``(j - 1/2) / M``, at most the
-    largest weight as it was. A smaller variance for a bias that vanishes with N where k-hat < 0.7.
-    As they are where the fit is undefined. Vehtari et al., arXiv 1507.02646, section 2.
+    The j-th smallest of the M weights in the tail becomes the Pareto's quantile at
+    ``(j - 1/2) / M``, but at most the largest weight as it was. This buys a smaller variance with a
+    bias that vanishes with N where k-hat < 0.7. Where the fit is undefined, the weights stay as
+    they are. Vehtari et al., arXiv 1507.02646, section 2.
     """
-    return _each_row(_smooth, logw)
+    return _by_row(_smooth, logw)
 
 
-def _each_row(fn: Callable[[Tensor], Tensor], logw: Tensor) -> Tensor:
+def _by_row(fn: Callable[[Tensor], Tensor], logw: Tensor) -> Tensor:
+    """A function of [N] applied to each of the leading axes of [..., N]."""
     flat = logw.double().reshape(-1, logw.shape[-1])
     out = torch.stack([fn(row) for row in flat])
     return out.reshape((*logw.shape[:-1], *out.shape[1:]))
 
 
 def _fit(logw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k-hat, the scale over the cutoff's weight, log cutoff less the largest, and the tail's rows.
+    """The generalised Pareto that is fitted to the largest weights, from log weights [N].
 
-    The rows ascend by weight; k-hat is nan where nothing can be fitted.
+    Returns:
+        k-hat; the scale over the cutoff's weight; the log cutoff less the largest log weight; and
+        the rows of the tail, ascending by weight. k-hat is nan where nothing can be fitted.
     """
     n = len(logw)
     x = logw - logw.max()
@@ -114,7 +120,7 @@ def _fit(logw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     undefined = torch.tensor(torch.nan, dtype=torch.float64, device=logw.device)
     cutoff = ordered[-size - 1].clamp(min=math.log(torch.finfo(torch.float64).tiny))
     tail = order[-size:] if size else order[:0]
-    # Draws equal to the cutoff stay, unless they are so many that the fit's scale would be 0.
+    # Draws equal to the cutoff stay in the tail, unless so many are that the scale would be 0.
     if len(tail) and ordered[-size + int(size / 4 + 0.5) - 1] <= cutoff:
         tail = order[ordered > cutoff]
     if len(tail) <= 4:
@@ -125,6 +131,7 @@ def _fit(logw: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _smooth(logw: Tensor) -> Tensor:
+    """Log weights [N] smoothed by the fitted Pareto; see `pareto_smooth`."""
     k, scale, cutoff, tail = _fit(logw)
     if not k.isfinite():
         return logw

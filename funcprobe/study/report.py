@@ -163,7 +163,7 @@ class Report:
 
     def verdict(self) -> str:
         """Up to which eta the line holds, loosely and strictly, and what was left out."""
-        loose = self.holds_within(LOOSELY).describe(self.lr, " lr").split(" Left out")[0]
+        loose = self.holds_within(LOOSELY).describe(self.lr, " lr", excluded=False)
         return f"{loose}\n{self.linearity.describe(self.lr, ' lr')}"
 
 

@@ -74,10 +74,10 @@ def noise(
     return rounding(
         swept.base,
         off,
-        again.index,
-        evaluation,
-        series,
-        float(swept.etas[again.k]),
+        index=again.index,
+        batch=evaluation,
+        series=series,
+        eta=float(swept.etas[again.k]),
         proportional=proportional,
         behaviour=behaviour,
     )
