@@ -15,18 +15,10 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "calculus.blocks": ("RowFn", "evaluate"),
+    "calculus.gradients": ("gradient", "row_gradients"),
     "calculus.interpolation": ("EVALUATED", "INTERPOLATED", "LAW"),
     "calculus.line": ("Sweep", "changes", "join", "sweep", "sweep_blocks"),
-    "calculus.step": (
-        "AdamState",
-        "Affine",
-        "adamw",
-        "decompose",
-        "direction",
-        "gradient",
-        "row_gradients",
-        "sgd",
-    ),
+    "calculus.step": ("AdamState", "Affine", "adamw", "decompose", "direction", "sgd"),
     "calculus.taylor": ("taylor",),
     "calculus.transforms.increment": ("RULES", "Increment", "increment"),
     "calculus.tree": ("add_scaled", "dot", "norm", "shift", "stack"),

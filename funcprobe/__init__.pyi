@@ -10,6 +10,10 @@ from . import (
     training as training,
 )
 from .calculus.blocks import RowFn as RowFn, evaluate as evaluate
+from .calculus.gradients import (
+    gradient as gradient,
+    row_gradients as row_gradients,
+)
 from .calculus.interpolation import EVALUATED as EVALUATED, INTERPOLATED as INTERPOLATED, LAW as LAW
 from .calculus.line import (
     Sweep as Sweep,
@@ -24,8 +28,6 @@ from .calculus.step import (
     adamw as adamw,
     decompose as decompose,
     direction as direction,
-    gradient as gradient,
-    row_gradients as row_gradients,
     sgd as sgd,
 )
 from .calculus.taylor import taylor as taylor

@@ -26,7 +26,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from funcprobe import Scores, collate, split
+from funcprobe import Scores, collate, objective, prepare, scorer, split
 
 torch.set_num_threads(1)  # at these sizes a second thread costs ten times what it gives
 
@@ -132,6 +132,13 @@ def batch(*, rows=None, pad_id=0, **fields):
 
 
 FULL = [0, 1, 3, 4, 5, 6, 7]  # the rows with a response
+
+
+def loss(family="llama", recipe="reinforce"):
+    """A case, a recipe's objective on it, and the batch prepared for that."""
+    policy = case(family)
+    score = scorer(policy.model, policy.base)
+    return policy, objective(score, recipe), prepare(batch(), recipe)
 
 
 def direction(params, *, seed=0, size=1.0):

@@ -76,8 +76,8 @@ def the_rows_share_the_decay(right, step: Affine, row_grads):
 
 
 @mistake(
-    "calculus.step.gradient",
-    "test_step.py::test_gradients_are_those_of_backward_on_the_live_module[llama]",
+    "calculus.gradients.gradient",
+    "test_gradients.py::test_gradients_are_those_of_backward_on_the_live_module[llama]",
 )
 def the_gradient_of_the_mean_instead_of_the_sum(right, fn, params, batch, **options):
     grads = right(fn, params, batch, **options)

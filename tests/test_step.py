@@ -26,7 +26,7 @@ GROUPS = [
 
 
 def by_name(key):
-    return {name: own[key] for names, own in GROUPS for name in names}
+    return {name: options[key] for names, options in GROUPS for name in names}
 
 
 def adam_state(after, amsgrad=False):
@@ -39,12 +39,12 @@ def adam_state(after, amsgrad=False):
     )
 
 
-def torch_run(kind, steps, *, groups, gradients=tree, **options):
+def torch_run(optimizer, steps, *, groups, gradients=tree, **options):
     """The parameters and optimizer state after `steps` steps."""
     params, state = tree(0), {}
     for i in range(steps):
         params, state = reference.optimizer_step(
-            kind, params, gradients(100 + i), state, groups=groups, **options
+            optimizer, params, gradients(100 + i), state, groups=groups, **options
         )
     return params, state
 
@@ -214,67 +214,17 @@ def test_sgd_is_torchs(options, clip, taken):
     assert_lands(params, step, grads, after)
 
 
-# Gradients and parts, on a model
-
-
-def policy(family="llama", recipe="reinforce"):
-    case = cases.case(family)
-    loss = fp.objective(fp.scorer(case.model, case.base), recipe)
-    return case, loss, fp.prepare(cases.batch(), recipe)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_gradients_are_those_of_backward_on_the_live_module(family):
-    case, loss, batch = policy(family)
-    ours = fp.gradient(loss, case.params, batch)
-    rows = fp.row_gradients(loss, case.params, batch)
-    module = cases.module64(family)
-    weights = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    with reference.float64(module):
-        logp, _ = reference.scores(module, batch)
-        each = [
-            reference.loss("reinforce", *(x[i : i + 1] for x in (logp, batch.response)),
-                           batch.reward[i : i + 1], batch.group[i : i + 1]) / len(logp)
-            for i in range(len(logp))
-        ]  # fmt: skip
-        for i, value in enumerate(each):
-            own = torch.autograd.grad(
-                value, list(weights.values()), retain_graph=True, allow_unused=True
-            )
-            for n, g in zip(weights, own, strict=True):
-                g = torch.zeros_like(rows[n][i]) if g is None else g
-                torch.testing.assert_close(rows[n][i], g, rtol=1e-9, atol=1e-13)
-    for n, g in ours.items():
-        torch.testing.assert_close(g, rows[n].sum(0), rtol=1e-11, atol=1e-14)
-
-
-def test_rows_change_no_gradient():
-    case, loss, batch = policy()
-    whole, each = fp.gradient(loss, case.params, batch), fp.row_gradients(loss, case.params, batch)
-    for rows in (1, 3, 8, 100):
-        for n, g in fp.gradient(loss, case.params, batch, rows=rows).items():
-            torch.testing.assert_close(g, whole[n], rtol=1e-11, atol=1e-14)
-        for n, g in fp.row_gradients(loss, case.params, batch, rows=rows).items():
-            assert len(g) == len(batch.tokens)
-            torch.testing.assert_close(g, each[n], rtol=1e-11, atol=1e-14)
-
-
-def test_gradients_leave_no_graph_and_work_without_grad_mode():
-    case, loss, batch = policy()
-    with torch.no_grad():
-        grads = fp.gradient(loss, case.params, batch)
-    assert not any(g.requires_grad for g in grads.values())
-    assert not any(p.requires_grad for p in case.params.values())
+# The parts of a step, on a model
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
-@pytest.mark.parametrize("kind", ["adamw", "sgd"])
-def test_the_parts_of_a_step_add_up_to_it(kind, clip):
-    case, loss, batch = policy()
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_parts_of_a_step_add_up_to_it(optimizer, clip):
+    case, loss, batch = cases.loss()
     params = case.params
     rows = fp.row_gradients(loss, params, batch)
     grads = {n: g.sum(0) for n, g in rows.items()}
-    if kind == "adamw":
+    if optimizer == "adamw":
         state = fp.AdamState(
             {n: torch.tensor(4.0) for n in params},
             cases.direction(params, seed=1, size=1e-2),
@@ -407,12 +357,34 @@ def test_decompose_refuses_other_names():
         fp.decompose(step, without(rows, "w"))
 
 
-def test_a_gradient_that_is_not_finite_is_refused():
-    case, _, batch = policy()
+# What a REPL shows
 
-    def broken(params, batch):
-        return (params[next(iter(params))].sum() * batch.reward / 0.0).unsqueeze(-1)
 
-    for fn in (fp.gradient, fp.row_gradients):
-        with pytest.raises(ValueError, match=f"{fn.__name__}: the direction must be finite"):
-            fn(broken, case.params, batch)
+def test_a_step_and_a_state_print_their_sizes_and_norms():
+    params, grads = tree(0), tree(1)
+    late = fresh_state(params)._replace(
+        count={"w": torch.tensor(3.0), "b": torch.tensor(7.0), "c": torch.tensor(3.0)}
+    )
+    assert repr(fresh_state(params)) == (
+        "AdamState: 3 tensors, 23 parameters, 0 steps taken\n  norms: mu 0, nu 0"
+    )
+    shown = repr(late._replace(nu_max=late.nu))
+    assert "3 to 7 steps taken" in shown and "nu_max 0" in shown
+    step = fp.adamw(grads, params, fresh_state(params), **PLAIN, max_grad_norm=0.5)
+    decay = 0.1 * float(fp.norm(params))
+    assert repr(step).startswith("Affine: 3 tensors, 23 parameters, lr 0.02, clip ")
+    assert f"norms: momentum 0, decay {decay:.4g}, scale " in repr(step)
+    assert len(repr(step).splitlines()) == 2
+
+
+def test_a_step_prints_within_a_transform():
+    params, grads, shown = tree(0), tree(1), []
+
+    def scaled(factor):
+        state = fresh_state(params)
+        step = fp.adamw({n: factor * g for n, g in grads.items()}, params, state, **PLAIN)
+        shown.append(repr(step))
+        return step.scale["b"]
+
+    torch.func.vmap(scaled)(torch.ones(2).double())
+    assert "scale unknown" in shown[0]
