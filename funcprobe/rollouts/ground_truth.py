@@ -151,7 +151,8 @@ def ground_truth(
     answer the same prompts with different seeds.
 
     Args:
-        policy: a `Checkpoint`, or any `Policy`. Its sampling settings are used; top-p must be 1.
+        policy: a `Checkpoint`, or any `Policy`; the public `funcprobe.ground_truth` also takes a
+            checkpoint's path. Its sampling settings are used; top-p must be 1.
         v: a direction with the names and shapes of the policy's params.
         eta: learning rate.
         batch: gives the prompts and their groups, usually E. A prompt counts once for each of its
