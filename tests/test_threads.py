@@ -8,7 +8,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event
 
 import cases
 import pytest
@@ -110,6 +110,43 @@ def test_threads_that_do_different_things_do_not_meet():
 
     for one_by_one, together in zip(map(work, jobs), at_once(work, jobs), strict=True):
         assert_bits(one_by_one, together)
+
+
+def test_a_jvp_in_another_thread_changes_no_bit_of_a_gradient():
+    """Forward mode is the process's, so a gradient must not take another thread's for its own."""
+    case, batch = cases.case("llama", torch.float32), cases.batch()
+    score, done = fp.scorer(case.model, case.base), Event()
+    want = fp.gradient(score, case.params, batch)
+
+    def work(differentiates):
+        if differentiates:
+            try:
+                return [fp.gradient(score, case.params, batch) for _ in range(20)]
+            finally:
+                done.set()
+        x = torch.ones(8)
+        while not done.is_set():
+            torch.func.jvp(torch.sin, (x,), (x,))
+        return []
+
+    for got in at_once(work, [True, False])[0]:
+        assert_bits(got, want)
+
+
+def test_derivatives_by_nested_jvp_wait_for_one_another():
+    """An fn that transforms its parameters itself: taylor differentiates it by torch's jvp."""
+
+    def fn(p, x):
+        return x.unsqueeze(1) * torch.func.grad(lambda a: (a**4).sum())(p["a"])
+
+    at = [{"a": torch.tensor([1.0, 2.0]) + i} for i in range(THREADS)]
+    v, x = {"a": torch.tensor([1.0, -1.0])}, torch.arange(1.0, 4.0)
+
+    def work(p):
+        return [fp.taylor(fn, p, v, x, order=2) for _ in range(REPEATS)]
+
+    for one_by_one, together in zip(map(work, at), at_once(work, at), strict=True):
+        assert_bits(list(map(tuple, one_by_one)), list(map(tuple, together)))
 
 
 def test_a_model_is_assembled_and_named_while_others_run_it():

@@ -1,6 +1,7 @@
 """Derivatives along a line by nested forward mode: torch's own rules, order upon order."""
 
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from ..tree import concrete
 
+_ONE_THREAD = RLock()  # in torch, forward mode belongs to the process: jvps in two threads collide
+
 
 def nested(fn: Callable[[Any], Any], at: Any, v: Any, order: int) -> list[Any]:
     """`fn` at a tree of tensors, and its derivatives to `order` along `v`, each a tree like it.
 
     Every order costs at least twice the one before.
     """
-    with Nestable():
+    with _ONE_THREAD, Nestable():
         return _expanded(fn, v, order)(at)
 
 

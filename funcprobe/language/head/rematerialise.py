@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from ..tracing import concrete, levels
@@ -86,8 +88,16 @@ def closed(fn: Callable[..., Tensor], *inputs: Tensor) -> bool:
 
 
 def _forward_mode() -> bool:
-    """Whether forward mode of torch.func or torch.autograd is on, inside or around reverse mode."""
-    return forward_ad._current_level >= 0
+    """Whether forward mode of torch.func or torch.autograd is on, inside or around reverse mode.
+
+    All threads share the level that forward mode opens, but the stack of torch.func's transforms
+    belongs to one thread: a `torch.func.jvp` in another thread is not in it.
+    """
+    if forward_ad._current_level < 0:
+        return False
+    stack = functorch.get_interpreter_stack() or []
+    by_jvp = any(transform.key() == functorch.TransformType.Jvp for transform in stack)
+    return by_jvp or eager_transforms.JVP_NESTING == 0  # without any jvp, it is torch.autograd's
 
 
 def _reverse_mode(tensors: Tensors) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import SHARED, Batch
 from ..packing import Layout, by_row, pack
+from ..tracing import concrete
 from . import attention, checks
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
@@ -62,7 +63,7 @@ class Model:
 
     def layout(self, batch: Batch) -> Layout:
         """How this model reads a batch at least cost: by `pack` where the tokens can be seen."""
-        if torch.func.debug_unwrap(batch.tokens, recurse=False) is not batch.tokens:
+        if not concrete(batch.tokens):
             return by_row(batch)
         # `vmap` folds lanes and tokens into one matrix, and MKL's dgemm rounds the rows past a
         # multiple of four differently. In float64 the layout is therefore filled up to multiples of
