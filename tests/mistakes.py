@@ -108,14 +108,14 @@ class Hunter:
         for mistake in self._of(item):
             if mistake.name in self.caught:
                 continue
-            with mistake.planted():
-                try:
+            try:
+                with mistake.planted():
                     item.runtest()
-                    self.missed[mistake.name] = "no test turned red"
-                except AssertionError:
-                    self.caught[mistake.name] = item.nodeid
-                except Exception as error:
-                    self.missed[mistake.name] = f"it raises {error!r}"
+                self.missed[mistake.name] = "no test turned red"
+            except AssertionError:
+                self.caught[mistake.name] = item.nodeid
+            except Exception as error:
+                self.missed[mistake.name] = f"it raises {error!r}"
 
     def _of(self, item) -> list[Mistake]:
         name = item.nodeid.rpartition("/")[2]
