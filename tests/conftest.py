@@ -1,8 +1,9 @@
-"""The bundled checkpoint and its batches, loaded once."""
+"""The bundled checkpoint and its batches, loaded once; training runs as the Trainer saves them."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from runs import base, folder, run, saved  # noqa: F401  the fixtures of training runs
 
 import funcprobe as fp
 from funcprobe.cli import bundled

@@ -5,7 +5,6 @@ import torch
 
 import funcprobe as fp
 from funcprobe.study.sampling import ground_truth, rollout
-from funcprobe.training.checkpoint import as_checkpoint
 
 PROMPTS = ["3+4+5=", "2+2+2="]
 OPTIONS = dict(samples=2, max_new_tokens=8, seed=1)
@@ -32,14 +31,6 @@ def test_a_path_has_a_ground_truth(narrow, evaluation):
     by_path = ground_truth(narrow.path, v, 1e-3, rows, **OPTIONS)
     given = ground_truth(narrow, v, 1e-3, rows, **OPTIONS)
     assert torch.equal(by_path.value, given.value) and torch.equal(by_path.psi, given.psi)
-
-
-def test_what_is_no_path_is_passed_through(checkpoint):
-    assert as_checkpoint(checkpoint) is checkpoint
-    own = object()
-    assert as_checkpoint(own) is own
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        as_checkpoint("nowhere")
 
 
 def test_the_signature_and_docstring_are_the_functions():
