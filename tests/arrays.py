@@ -70,9 +70,9 @@ def drawn(seed, *, n=None, width=None, size=0.5):
 def taken(sweep, rows, index):
     """The sweep and rows of `index`, a row twice where it stands twice."""
     index = torch.as_tensor(index)
-    some = SimpleNamespace(
+    chosen = SimpleNamespace(
         etas=sweep.etas,
         base=Scores(*(x[index] for x in sweep.base)),
         change=Scores(*(x[:, index] for x in sweep.change)),
     )
-    return some, SimpleNamespace(response=rows.response[index], group=rows.group[index])
+    return chosen, SimpleNamespace(response=rows.response[index], group=rows.group[index])

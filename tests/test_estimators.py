@@ -233,14 +233,14 @@ def test_a_reward_is_a_value_in_one_position(where):
     generator = torch.Generator().manual_seed(2)
     reward = torch.rand(len(SEQUENCES), generator=generator).double().tolist()
     ids = {tuple(s): j for j, s in enumerate(SEQUENCES)}
-    own = [
+    rewards = [
         reward[ids[tuple(row[1:][keep].tolist())]]
         for row, keep in zip(batch.tokens, batch.response, strict=True)
     ]
     sweep = fp.sweep(cases.toy_score, params, v, ETAS, batch)
     at = batch.response.sum(1).clamp(max=where + 1) - 1
     value = torch.zeros_like(sweep.base.logp).scatter(
-        1, at[:, None], torch.tensor(own).double()[:, None]
+        1, at[:, None], torch.tensor(rewards).double()[:, None]
     )
     read = sweep._replace(
         base=Readings(sweep.base.logp, value),
@@ -250,8 +250,8 @@ def test_a_reward_is_a_value_in_one_position(where):
     truth = expected_reward(params, prompts, reward)
     assert float(out.base) == pytest.approx(truth, rel=1e-12)
     for k, eta in enumerate(ETAS):
-        there = expected_reward(fp.shift(params, v, eta), prompts, reward) - truth
-        assert float(out.value[k]) == pytest.approx(there, rel=1e-11, abs=1e-12)
+        change = expected_reward(fp.shift(params, v, eta), prompts, reward) - truth
+        assert float(out.value[k]) == pytest.approx(change, rel=1e-11, abs=1e-12)
     assert abs(float(out.value[-1])) > 1e-2
     assert out.quantity == "value" and str(out).startswith("d value = ")
     assert "nats" not in str(out) and " per sequence at eta" in str(out)

@@ -16,11 +16,11 @@ def law(etas, curve, *, noise=1e-3, shared=0.2, prompts=40, khat=0.3, rows=400, 
     """A change ``eta (1 + curve(eta))`` and its line, with noise that both share and some alone."""
     generator = torch.Generator().manual_seed(seed)
     etas = torch.tensor(etas, dtype=torch.float64)
-    common, own = torch.randn(2, prompts, generator=generator).double()
-    common, own = ((x - x.mean()) / prompts for x in (common, own))
+    common, alone = torch.randn(2, prompts, generator=generator).double()
+    common, alone = ((x - x.mean()) / prompts for x in (common, alone))
     k = len(etas)
     value = etas * (1 + torch.tensor([curve(float(e)) for e in etas], dtype=torch.float64))
-    psi = etas[:, None] * (shared * common + noise * etas.abs()[:, None] * own * prompts**0.5)
+    psi = etas[:, None] * (shared * common + noise * etas.abs()[:, None] * alone * prompts**0.5)
     diagnostics = Diagnostics(
         ess=torch.full((k,), float(rows)), khat=torch.as_tensor(khat).expand(k).double(),
         mean_weight=torch.ones(k), weight_range=torch.ones(k, 2), mean_weight_z=torch.zeros(k),
@@ -229,9 +229,9 @@ def test_the_curvature_takes_over_where_its_share_is_the_slopes():
     jack = []
     for g in range(3):
         kept = rows.group != g
-        some = [fp.Scores(*(x[kept] for x in term)) for term in terms]
+        fewer = [fp.Scores(*(x[kept] for x in term)) for term in terms]
         left = SimpleNamespace(response=rows.response[kept], group=rows.group[kept])
-        jack.append(fp.takeover(fp.entropy_series(some, left))[0])
+        jack.append(fp.takeover(fp.entropy_series(fewer, left))[0])
     spread = torch.tensor(jack).double()
     rough = float((2 * (spread - spread.mean()).square().mean()).sqrt())
     assert 0.3 < rough / error < 3

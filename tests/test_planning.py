@@ -17,12 +17,12 @@ def repeated(terms, rows, times):
     return many, SimpleNamespace(response=rows.response.repeat(times, 1), group=group)
 
 
-@pytest.mark.parametrize("kind", ["change", "series"])
-def test_the_planned_number_of_prompts_gives_the_wanted_error(kind):
+@pytest.mark.parametrize("source", ["change", "series"])
+def test_the_planned_number_of_prompts_gives_the_wanted_error(source):
     terms, rows = repeated(*arrays(), 20)
 
     def pilot(terms, rows):
-        if kind == "change":
+        if source == "change":
             return fp.entropy_change(swept(terms, [0.0, 0.5]), rows)
         return fp.entropy_series(terms, rows)
 
@@ -30,7 +30,7 @@ def test_the_planned_number_of_prompts_gives_the_wanted_error(kind):
         at = torch.tensor([0.5]).double()
         value, error = (
             (made.value[1], made.stderr[1])
-            if kind == "change"
+            if source == "change"
             else (made.predict(at)[0], made.predict_stderr(at)[0])
         )
         return abs(float(error / value))
@@ -61,8 +61,8 @@ def test_estimators_stand_side_by_side(per):
     got = fp.compare(sweep, rows, per=per)
     assert list(got.estimates) == ["sequence", "prefix", "prefix_raw"]
     for weights, estimate in got.estimates.items():
-        own = fp.entropy_change(sweep, rows, weights=weights, per=per)
-        assert torch.equal(estimate.value, own.value) and torch.equal(estimate.psi, own.psi)
+        alone = fp.entropy_change(sweep, rows, weights=weights, per=per)
+        assert torch.equal(estimate.value, alone.value) and torch.equal(estimate.psi, alone.psi)
     lines = str(got).splitlines()
     assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and len(lines[0]) < 100
     assert lines[0].split() == ["eta", "sequence", "prefix", "prefix_raw", "ESS"]

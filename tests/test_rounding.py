@@ -114,12 +114,12 @@ def test_the_error_is_of_the_series_estimator_and_of_no_other():
 def test_the_probe_measures_what_float32_loses(checkpoint, update, evaluation):
     """Differences of float32 values: the floor is where they really go wrong."""
     narrow = fp.load_checkpoint(checkpoint.path, dtype=torch.float32)
-    some = evaluation.rows(slice(0, 64))
+    rows = evaluation.rows(slice(0, 64))
     etas = [1e-9, 1e-7, 1e-6, 1e-5, 1e-3]
     same = dict(max_length=24)
-    direct = fp.probe(narrow, update, some, etas, change="direct", **same)
-    exact = fp.probe(narrow, update, some, etas, **same)
-    coarse = fp.probe(narrow, update, some, etas, matmul="bfloat16", **same)
+    direct = fp.probe(narrow, update, rows, etas, change="direct", **same)
+    exact = fp.probe(narrow, update, rows, etas, **same)
+    coarse = fp.probe(narrow, update, rows, etas, matmul="bfloat16", **same)
     off = (direct.change.value / exact.change.value - 1).abs()
     floor = direct.rounding.floor
     assert off[-1] < 0.1 and off[0] > 1

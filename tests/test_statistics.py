@@ -69,10 +69,10 @@ def test_the_change_and_its_influence_are_the_hand_formulas(per, size):
         torch.testing.assert_close(n * ours.psi[k], torch.tensor(psi, dtype=torch.float64), **EXACT)
         assert abs(sum(psi)) < 1e-11
         if k:
-            own = reference.stderr(psi, batch.group)
-            torch.testing.assert_close(float(clustered.stderr[k]), own, rtol=1e-11, atol=0)
-            own = reference.stderr(psi, range(n))
-            torch.testing.assert_close(float(ours.stderr[k]), own, rtol=1e-11, atol=0)
+            expected = reference.stderr(psi, batch.group)
+            torch.testing.assert_close(float(clustered.stderr[k]), expected, rtol=1e-11, atol=0)
+            expected = reference.stderr(psi, range(n))
+            torch.testing.assert_close(float(ours.stderr[k]), expected, rtol=1e-11, atol=0)
     h = torch.where(batch.response, sweep.base.entropy, 0.0).sum()
     count = batch.response.sum() if per == "token" else len(batch.response)
     torch.testing.assert_close(ours.base, h / count, **EXACT)
@@ -101,8 +101,8 @@ def test_float32_scores_are_summed_in_float64(per):
         base=fp.Scores(*(x.double() for x in low.base)),
         change=fp.Scores(*(x.double() for x in low.change)),
     )
-    ours, own = (fp.entropy_change(s, batch, per=per) for s in (low, high))
-    for a, b in zip(ours.tensors().values(), own.tensors().values(), strict=True):
+    narrow, wide = (fp.entropy_change(s, batch, per=per) for s in (low, high))
+    for a, b in zip(narrow.tensors().values(), wide.tensors().values(), strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     terms = (low.base, fp.Scores(*(x[1] for x in low.change)))
@@ -139,9 +139,9 @@ def test_rows_of_another_batch_are_refused_by_their_hashes(per):
     """Two batches of one shape: where the sweep and the batch can tell rows apart, they must."""
 
     def identified(batch, hashes):
-        own = SimpleNamespace(response=batch.response, group=batch.group)
-        own.row_hashes = lambda: torch.tensor(hashes)
-        return own
+        return SimpleNamespace(
+            response=batch.response, group=batch.group, row_hashes=lambda: torch.tensor(hashes)
+        )
 
     batch = rows(n=4, prompts=2, empty=False)
     sweep = SimpleNamespace(**swept(batch)._asdict())
@@ -177,8 +177,8 @@ def test_huge_weights_do_not_overflow(per):
     assert logw.max() > 800  # its exponential is inf
     winner = int(logw[2].argmax())
     t = int(batch.response[winner].sum()) if per == "token" else 1
-    there = (sweep.base.entropy + sweep.change.entropy[2])[winner][batch.response[winner]].sum() / t
-    torch.testing.assert_close(out.base + out.value[2], there, rtol=1e-9, atol=1e-9)
+    shifted = (sweep.base.entropy + sweep.change.entropy[2])[winner][batch.response[winner]]
+    torch.testing.assert_close(out.base + out.value[2], shifted.sum() / t, rtol=1e-9, atol=1e-9)
     assert out.value.isfinite().all() and out.psi.isfinite().all()
     torch.testing.assert_close(out.ess[2], torch.tensor(1.0).double(), rtol=1e-6, atol=0)
 
@@ -206,8 +206,8 @@ def test_the_error_of_the_base_per_token_is_that_of_a_ratio():
     h = torch.where(batch.response, sweep.base.entropy, 0.0).sum(-1)
     t = batch.response.sum(-1).double()
     psi = (h - h.sum() / t.sum() * t) / t.mean()
-    own = reference.stderr(psi, batch.group)
-    torch.testing.assert_close(float(out.base_stderr), own, rtol=1e-12, atol=0)
+    expected = reference.stderr(psi, batch.group)
+    torch.testing.assert_close(float(out.base_stderr), expected, rtol=1e-12, atol=0)
 
 
 def test_clustering_by_hand():
@@ -282,8 +282,8 @@ def test_the_effective_sample_size_is_kishs(size):
 @pytest.mark.parametrize("size", [0.01, 0.5, 1.0, 3.0, 30.0])
 def test_khat_is_that_of_psis(n, size):
     logw = size * torch.randn(n, generator=torch.Generator().manual_seed(n)).double()
-    own = reference.pareto_khat(logw.tolist())
-    torch.testing.assert_close(float(pareto_khat(logw)), own, rtol=1e-8, atol=1e-8)
+    expected = reference.pareto_khat(logw.tolist())
+    torch.testing.assert_close(float(pareto_khat(logw)), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_khat_finds_the_tail_of_a_pareto():
@@ -341,5 +341,5 @@ def test_a_real_sweep_goes_through():
             base, [x[k] for x in change], batch.response, per="token"
         )
         torch.testing.assert_close(float(out.value[k]), value, rtol=1e-10, atol=1e-12)
-        own = reference.stderr(psi, batch.group)
-        torch.testing.assert_close(float(out.stderr[k]), own, rtol=1e-9, atol=1e-12)
+        expected = reference.stderr(psi, batch.group)
+        torch.testing.assert_close(float(out.stderr[k]), expected, rtol=1e-9, atol=1e-12)

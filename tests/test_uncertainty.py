@@ -37,8 +37,8 @@ def test_the_jackknife_really_leaves_prompts_out(weights, per):
     without = []
     for g in range(3):
         kept = (rows.group != g).nonzero().flatten()
-        some = taken(sweep, rows, kept)
-        without.append(fp.entropy_change(*some, weights=weights, per=per).value)
+        left = taken(sweep, rows, kept)
+        without.append(fp.entropy_change(*left, weights=weights, per=per).value)
     without = torch.stack(without)
     bias = 2 * (without.mean(0) - full)
     error = (2 / 3 * (without - without.mean(0)).square().sum(0)).sqrt()
@@ -62,9 +62,9 @@ def test_each_draw_of_the_bootstrap_is_the_estimator_on_repeated_rows(weights, p
     full = fp.entropy_change(sweep, rows, **options)
     for drawn in index:
         members = [3 * int(g) + torch.arange(3) for g in drawn]
-        some, there = taken(sweep, rows, torch.cat(members))
-        there.group = torch.arange(3).repeat_interleave(3)  # a prompt drawn twice is two
-        out = fp.entropy_change(some, there, **options)
+        drawn_sweep, drawn_rows = taken(sweep, rows, torch.cat(members))
+        drawn_rows.group = torch.arange(3).repeat_interleave(3)  # a prompt drawn twice is two
+        out = fp.entropy_change(drawn_sweep, drawn_rows, **options)
         values.append(out.value)
         t.append((out.value - full.value) / out.stderr)
     values = torch.stack(values)
