@@ -267,7 +267,7 @@ def test_join_needs_the_same_etas():
     parts = [fp.sweep(score, params, v, etas, cases.batch()) for etas in ([0.1], [0.2])]
     with pytest.raises(ValueError, match="join: the sweeps must share their etas"):
         fp.join(parts)
-    with pytest.raises(ValueError, match="join: one or more sweeps were expected"):
+    with pytest.raises(ValueError, match="join: one or more results of blocks were expected"):
         fp.join([])
     with pytest.raises(ValueError, match="join: an order of 8 rows was expected.*not of 7"):
         fp.join(parts[:1], torch.arange(7))

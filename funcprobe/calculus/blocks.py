@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .precision import exact
-from .tree import Params, Tree, blocks, check_nan, concrete, leaves, merge, size
+from .tree import Params, Tree, all_concrete, blocks, check_nan, leaves, merge, size
 
 # NOTE [block size]: The rows and lanes of a block follow from shapes alone, so that results repeat.
 # A block holds about this many elements of the batch's widest leaf, all lanes counted: on a CPU as
@@ -54,7 +54,7 @@ class Cuttable(Protocol):
     """A batch that knows how to divide itself into blocks without wasting work.
 
     A function of such a batch also arranges its own matrices: see the note [zero is the base] in
-    `line`.
+    `changes`.
     """
 
     def cut(self, elements: int, /) -> tuple[list[Self], Tensor]:
@@ -217,7 +217,7 @@ def identify(batch: Tree) -> Tensor | None:
 
     None if the batch is not `Identified`, or if a transform has wrapped its values.
     """
-    if isinstance(batch, Identified) and all(concrete(leaf) for leaf in leaves(batch)):
+    if isinstance(batch, Identified) and all_concrete(batch):
         return batch.row_hashes()
     return None
 

@@ -1,38 +1,45 @@
 """Derivatives of a function of parameters along a direction, by Taylor arithmetic."""
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from .blocks import cut, fitting, keep_pages
+from .blocks import RowFn, RowsPerBlock, blockwise, identify, keep_pages
 from .precision import exact
 from .transforms.jet import Bypassed, derivatives
 from .transforms.nested_jvp import nested
-from .tree import Params, check_direction, check_nan, merge
+from .tree import Params, Terms, Tree, all_concrete, check_direction, check_nan, merge
 
 
 def taylor(
-    fn: Callable, params: Params, v: Params, batch, *, order: int = 1, rows: int | None = None
-) -> tuple:
+    fn: RowFn,
+    params: Params,
+    v: Params,
+    batch: Any,
+    *,
+    order: int = 1,
+    rows: RowsPerBlock = None,
+) -> tuple[Any, ...]:
     r"""``f, f', f'', ...``: derivatives of `fn` along ``params + t v`` at t = 0, in one run of fn.
 
-    Exact, as forward-mode differentiation is: where fn branches or selects, of what it took. What
-    it detaches, or reads as a number, is constant. An fn that transforms its parameters itself
-    (`torch.func`) is differentiated by nested jvp.
+    They are exact in the sense of forward-mode differentiation: if fn branches or selects, they are
+    those of the branch that it took, and what it detaches or reads as a number is constant. An fn
+    that transforms its parameters itself (`torch.func`) is differentiated by nested jvp.
 
     Args:
-        fn: row-separable ``(params, batch) -> tree`` of tensors with leading N.
+        fn: a row-separable function ``(params, batch) -> tree`` of tensors with leading N.
         params: the trainable parameters.
         v: a direction with exactly their names and shapes.
         batch: a tree of tensors with leading N.
         order: the highest derivative; order M costs little over M + 1 evaluations of fn.
-        rows: rows per block; the default follows from the shapes.
+        rows: rows per block; "all" makes one block. The default follows from the shapes.
 
     Returns:
-        One tree like fn's output for each order 0..`order`.
+        `Terms`: one tree like fn's output for each order 0..`order`, with the rows' hashes if the
+        batch has them. Inside another transform, which knows no `Terms`, it is a plain tuple.
 
     Raises:
-        ValueError: names or shapes that do not fit, non-finite v, nan in a derivative.
+        ValueError: names or shapes do not fit, v is not finite, or a derivative holds nan.
 
     >>> square = lambda p, x: x * p["a"] ** 3
     >>> at, along = {"a": torch.tensor(2.0)}, {"a": torch.tensor(1.0)}
@@ -43,20 +50,17 @@ def taylor(
         raise ValueError(f"taylor: order must be at least 1, not {order}.")
     check_direction("taylor", v, params)
     v = {name: v[name].to(p) for name, p in params.items()}
-    parts = []
     keep_pages()
     with torch.no_grad(), exact():
-        cuts, order_of_rows = cut(batch, rows)
-        for part in cuts:
-            parts += fitting(lambda part, _: _derivatives(fn, params, v, part, order), part)[0]
-    terms = tuple(merge(list(term), order_of_rows) for term in zip(*parts, strict=True))
+        run = blockwise(lambda block, _: _derivatives(fn, params, v, block, order), batch, rows)
+    terms = tuple(merge(term, run.order) for term in zip(*run.results, strict=True))
     for term in terms:
         check_nan("taylor", term)
-    return terms
+    return Terms(terms, identify(batch)) if all_concrete(terms) else terms
 
 
-def _derivatives(fn: Callable, params: Params, v: Params, part, order: int) -> list:
+def _derivatives(fn: RowFn, params: Params, v: Params, block: Any, order: int) -> list[Tree]:
     try:
-        return derivatives(lambda p: fn(p, part), params, v, order)
+        return derivatives(lambda p: fn(p, block), params, v, order)
     except Bypassed:
-        return nested(lambda p: fn(p, part), params, v, order)
+        return nested(lambda p: fn(p, block), params, v, order)

@@ -162,6 +162,11 @@ def concrete(value: object) -> bool:
     return not isinstance(value, Tensor) or torch.func.debug_unwrap(value, recurse=False) is value
 
 
+def all_concrete(*trees: Tree) -> bool:
+    """Whether every leaf can be read here."""
+    return all(concrete(leaf) for leaf in leaves(trees))
+
+
 def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Any:
     """Applies `fn` leaf by leaf to trees of the same structure."""
     return optree.tree_map(fn, tree, *rest, namespace=_NAMESPACE)
@@ -170,6 +175,12 @@ def tree_map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Any:
 def leaves(tree: Tree) -> list[Tensor]:
     """The tensors of a tree."""
     return optree.tree_leaves(tree, namespace=_NAMESPACE)
+
+
+def same_structure(a: Tree, b: Tree) -> bool:
+    """Whether two trees have the same containers and keys, whatever their leaves are."""
+    first, second = (optree.tree_structure(tree, namespace=_NAMESPACE) for tree in (a, b))
+    return first == second
 
 
 def describe(tree: Tree, most: int = 8) -> str:
