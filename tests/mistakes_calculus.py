@@ -104,7 +104,7 @@ def a_sweep_holds_values_instead_of_changes(right, *args, **options):
     return out._replace(change=tree_map(lambda c, b: c + b, out.change, out.base))
 
 
-@mistake("calculus.line.join", "test_line.py::test_blocks_by_length_join_into_the_sweep[20]")
+@mistake("calculus.results.join", "test_line.py::test_blocks_by_length_join_into_the_sweep[20]")
 def blocks_are_joined_in_the_order_of_their_lengths(right, parts, order=None):
     return right(parts)
 
@@ -198,24 +198,26 @@ BOUND = "test_interpolation.py::test_the_bound_holds_for_fast_and_slow_curves"
 
 
 @mistake("calculus.interpolation.interpolate", f"{KNOWN}[span0]")
-def the_curve_is_not_multiplied_by_eta(right, at, count, etas, *args):
-    curve, *rest = right(at, count, etas, *args)
+def the_curve_is_not_multiplied_by_eta(right, start, at, etas, *args):
+    out = right(start, at, etas, *args)
     eta = torch.where(etas == 0, 1.0, etas)
-    return tree_map(lambda c: c / eta.view(-1, *[1] * (c.ndim - 1)), curve), *rest
+    return out._replace(
+        change=tree_map(lambda c: c / eta.view(-1, *[1] * (c.ndim - 1)), out.change)
+    )
 
 
 @mistake("calculus.interpolation.interpolate", f"{KNOWN}[span0]")
-def a_straight_line_between_the_ends(right, at, count, etas, *args):
-    curve, *rest = right(at, count, etas, *args)
+def a_straight_line_between_the_ends(right, start, at, etas, *args):
+    out = right(start, at, etas, *args)
     share = (etas - etas[0]) / (etas[-1] - etas[0])
 
     def line(c):
         return c[0] + share.view(-1, *[1] * (c.ndim - 1)) * (c[-1] - c[0])
 
-    return tree_map(line, curve), *rest
+    return out._replace(change=tree_map(line, out.change))
 
 
 @mistake("calculus.interpolation.interpolate", BOUND)
 def the_bound_lacks_its_margin(right, *args):
-    curve, bound, source = right(*args)
-    return curve, bound / 100, source
+    out = right(*args)
+    return out._replace(bound=out.bound / 100)

@@ -120,7 +120,7 @@ def check_nodes(where: str, nodes: int | str | None, tol: float = 0.0) -> None:
         raise ValueError(f"{where}: tol must be finite and not negative, not {tol}.")
 
 
-def extrapolate(errors: Tensor) -> tuple[Tensor, Tensor]:
+def _extrapolate(errors: Tensor) -> tuple[Tensor, Tensor]:
     """The error [M] left with all nodes, and the factor [M] by which one more node multiplies it.
 
     Args:
@@ -168,7 +168,7 @@ def _refine(
 
 def _converged(state: _State, degree: int | None, tol: float) -> _Check:
     """Which rows need no more nodes: all of them if the degree is fixed or nothing moves."""
-    error, rate = extrapolate(state.errors)
+    error, rate = _extrapolate(state.errors)
     stop = degree is not None or state.largest == 0
     return _Check(error, rate, (error <= tol * state.largest) | stop)
 
