@@ -9,6 +9,7 @@ import reference
 import torch
 
 import funcprobe as fp
+from funcprobe.calculus.tree import Terms
 from funcprobe.statistics.estimators import Estimator
 from funcprobe.statistics.uncertainty import by_group, standard_error
 from funcprobe.statistics.weights import (
@@ -163,6 +164,30 @@ def test_rows_of_another_batch_are_refused_by_their_hashes(per):
         fp.entropy_series(tagged, other, per=per)
     good = fp.entropy_series(tagged, identified(batch, [1, 2, 3, 4]), per=per)
     assert torch.equal(good.value, series.value)
+
+
+def test_a_real_batch_tells_its_rows_from_anothers():
+    batch = cases.batch(rows=cases.FULL)
+    base = fp.Scores(*(torch.zeros(batch.response.shape) for _ in range(2)))
+    change = fp.Scores(*(x[None] for x in base))
+    hashes = batch.row_hashes()
+    sweep = SimpleNamespace(etas=torch.zeros(1), base=base, change=change, row_hashes=hashes)
+    wider = batch._replace(
+        tokens=torch.nn.functional.pad(batch.tokens, (0, 2)),
+        attention=torch.nn.functional.pad(batch.attention, (0, 2)),
+    )
+    swapped = batch.rows(torch.tensor([0, 1, 2, 3, 5, 4, 6]))
+    other = batch._replace(tokens=batch.tokens + 1)
+    for function, scored in (
+        (fp.entropy_change, sweep),
+        (fp.entropy_series, Terms([base, base], hashes)),
+    ):
+        for same in (batch, wider):
+            assert (function(scored, same).value == 0).all()
+        with pytest.raises(ValueError, match=r"2 of 7 differ, first \[4, 5\]"):
+            function(scored, swapped)
+        with pytest.raises(ValueError, match="7 of 7 differ"):
+            function(scored, other)
 
 
 # Extremes
