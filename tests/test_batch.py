@@ -41,9 +41,9 @@ def test_collate_takes_ragged_or_padded_old_logp():
     [
         (dict(prompts=[[1], []], responses=[[1], [1]]), r"rows \[1\] are empty.*BOS"),
         (dict(prompts=[[1], [1]], responses=[[], []]), "all 2 responses are empty"),
-        (dict(prompts=[[1], [1]], responses=[[1]]), "2 prompts but 1 responses"),
-        (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "1 prompts but 2 reward"),
-        (dict(prompts=[[1]], responses=[[1]], group=[]), "1 prompts but 0 group"),
+        (dict(prompts=[[1], [1]], responses=[[1]]), "1 came for 2 prompts"),
+        (dict(prompts=[[1]], responses=[[1]], reward=[1, 2]), "reward as prompts.*2 came for 1"),
+        (dict(prompts=[[1]], responses=[[1]], group=[]), "group as prompts.*0 came for 1"),
         (dict(prompts=[[1]], responses=[[1, 2]], old_logp=[[0.0]]), "1 values for 2.*EOS"),
     ],
 )
@@ -125,3 +125,28 @@ def test_hashes_of_many_similar_rows_are_distinct():
     assert len(hashes.unique()) == len(rows)
     bits = (hashes.unsqueeze(1) >> torch.arange(64)) & 1
     assert (bits.double().mean(0) - 0.5).abs().max() < 0.03  # every bit is used
+
+
+# Printing
+
+
+def test_a_batch_prints_its_sizes_and_what_is_known_of_it():
+    reward = [1.0, 0.0, torch.nan, 1.0, 0.0, 1.0, 0.0, 1.0]
+    batch = cases.batch(reward=reward, advantage=range(8))
+    text = repr(batch)
+    assert text.startswith("Batch(8 rows of 4 prompts, L=9, R=6, 27 response tokens,\n")
+    assert "known: reward in 7 rows, advantage, unknown: weight, old_logp, ref_logp)" in text
+    assert "tensor" not in text and len(text.splitlines()) == 2
+
+
+def test_a_batch_prints_inside_transforms_and_when_mapped():
+    texts = []
+
+    def total(batch):
+        texts.append(repr(batch))
+        return batch.reward
+
+    torch.func.vmap(total)(cases.batch())
+    assert texts[0].startswith("Batch(tokens [9] int64, attention [9] bool, position [6] int64")
+    assert repr(fp.Batch(*[0] * len(fp.Batch._fields))).startswith("Batch(tokens 0, attention 0")
+    assert "tokens [8, 9] int64 meta" in repr(cases.batch().to("meta"))

@@ -247,3 +247,14 @@ def test_the_pad_id_changes_nothing(pad_id):
     assert not torch.equal(batch.tokens, other.tokens)
     assert torch.equal(batch.response, other.response)
     assert_scores(scored(other), scored(batch))
+
+
+def test_scores_and_layouts_print_their_shapes():
+    case, batch = cases.case(), cases.batch()
+    score = fp.scorer(case.model, case.base)
+    assert repr(score(case.params, batch)) == "Scores(logp [8, 6] float64, entropy [8, 6] float64)"
+    assert repr(score) == "scorer(entropy, Sampling(temperature=1.0, top_p=1.0))"
+    margin = fp.scorer(case.model, case.base, readout=fp.readouts.margin)
+    assert repr(margin).startswith("scorer(margin, ")
+    assert repr(margin(case.params, batch)).startswith("Readings(logp [8, 6] float64, value [8, 6]")
+    assert "place None" in repr(case.model.layout(batch))

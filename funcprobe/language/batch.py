@@ -1,22 +1,27 @@
 """A batch of prompts and responses as one NamedTuple of arrays, right-padded, rows leading."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# NOTE [sharing]: the responses in a sequence also multiply each other's keys, to mask them then.
-# Below so short a prompt that costs more than the prompt, above so long a sequence likewise.
+from .summaries import summary
+from .tracing import concrete
+
+# The responses that share a sequence also attend to each other's keys, which are then masked.
+# Sharing wastes work on masked keys; below 32 prompt tokens the waste exceeds the saving, and so it
+# does in sequences of more than 512 tokens.
 SHARED = 32
 _SEQUENCE = 512
 
 
 class Batch(NamedTuple):
-    """Sequences and what an objective needs to know of them; every leaf has leading N.
+    """Prompts and responses with what an objective needs to know of them. Every field leads with N.
 
-    N sequences, L positions, R response positions. Unknown floating fields are nan; what needs an
-    unknown field refuses by name.
+    There are N sequences, L positions and R response positions. Unknown floating fields are nan; a
+    function that needs an unknown field refuses the batch and names the field.
 
     The number of rows is `n`. As for every NamedTuple, ``len(batch)`` is the number of fields,
     ``batch[i]`` is the i-th field and iterating gives the fields; `rows` selects rows.
@@ -61,18 +66,29 @@ class Batch(NamedTuple):
         return Batch(*(leaf[index] for leaf in self))
 
     def cut(self, tokens: int) -> tuple[list["Batch"], Tensor]:
-        """As `by_length`, with all L positions and R response slots in every block.
+        """As `by_length`, but every block keeps all L positions and R response slots.
 
-        Functions that take a batch block by block cut it so where they are not told the rows.
+        Functions that take a batch block by block cut it like this if they are not told the rows.
         """
         if tokens < 1:
             raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
         index = _cut(self, tokens)
         return [self.rows(rows.to(self.tokens.device)) for rows in index], torch.cat(index)
 
-    def to(self, device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
         return Batch(*(leaf.to(device) for leaf in self))
+
+    def __repr__(self) -> str:
+        if not all(isinstance(leaf, Tensor) and concrete(leaf) for leaf in self):
+            return summary(self)
+        if self.tokens.ndim != 2 or self.tokens.is_meta:
+            return summary(self)
+        return (
+            f"Batch({self.n} rows of {len(self.group.unique())} prompts, L={self.tokens.shape[1]}, "
+            f"R={self.response.shape[1]}, {int(self.response.sum())} response tokens,\n"
+            f"      {_known_fields(self)})"
+        )
 
 
 def collate(
@@ -87,39 +103,36 @@ def collate(
 ) -> Batch:
     """Right-pads token ids into a `Batch`.
 
-    Lengths come from the lists, never from `pad_id`, so a pad id equal to the EOS id is safe. A
-    sampled EOS is part of the response: it is scored and counted.
+    Lengths come from the lists, never from `pad_id`, so that a pad id equal to the EOS id is safe.
+    A sampled EOS is part of the response: it is scored and counted.
 
     Args:
-        prompts: N lists of token ids, none empty (a response token needs a token that predicts it).
-        responses: N lists of token ids; single ones may be empty, all may not.
+        prompts: N lists of token ids. None may be empty, since a response token needs a token that
+            predicts it.
+        responses: N lists of token ids. Some may be empty, but not all of them.
         pad_id: fills `tokens` past each row's end; its value changes no result.
-        group: [N] prompt ids; rows with equal prompts share one if not given.
+        group: [N] prompt ids. Rows with equal prompts share one if they are not given.
         reward, advantage: [N]; nan if not given.
-        old_logp: per row T_i nats (lists, or [N, R] with anything past T_i); nan if not given.
+        old_logp: T_i nats for each row, as lists or as [N, R] with any numbers past T_i; nan if
+            not given.
+
+    Returns:
+        The batch, on the CPU.
 
     Raises:
         ValueError: lengths disagree, a prompt is empty, or every response is.
 
     >>> batch = collate([[5, 6], [7]], [[1, 2, 3], [4]], reward=[1.0, 0.0])
+    >>> batch
+    Batch(2 rows of 2 prompts, L=5, R=3, 4 response tokens,
+          known: reward, unknown: advantage, weight, old_logp, ref_logp)
     >>> batch.tokens.tolist()
     [[5, 6, 1, 2, 3], [7, 4, 0, 0, 0]]
     >>> batch.position.tolist()
     [[1, 2, 3], [0, 0, 0]]
     """
     n = len(prompts)
-    _same_length("responses", responses, n)
-    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty:
-        raise ValueError(
-            f"collate: every prompt must hold at least one token, rows {empty[:5]} are empty. "
-            "The first response token has nothing that predicts it. Prepend the BOS token."
-        )
-    if not any(len(response) for response in responses):
-        raise ValueError(
-            f"collate: at least one response token was expected, all {n} responses are empty. "
-            "Check where the prompt ends and that a sampled EOS is kept."
-        )
+    _check_lists(prompts, responses)
     width = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     steps = max(len(r) for r in responses)
     tokens = torch.full((n, width), pad_id, dtype=torch.int64)
@@ -149,16 +162,16 @@ def collate(
 def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
     """Cuts a batch into blocks of rows of similar length, each trimmed to its longest row.
 
-    Rows of one prompt come one after another, since a scorer reads their prompt once.
+    Rows of one prompt follow one another, since a scorer reads their prompt once.
 
     Args:
         batch: N rows.
-        tokens: sequences times positions of a block, at most, where rows that share a prompt are
-            one sequence; a longer single sequence is a block of its own.
+        tokens: the most sequences times positions in a block. Rows that share a prompt are one
+            sequence; a single sequence that is longer is a block of its own.
 
     Returns:
-        The blocks, and `order` [N] int64 with ``batch.rows(order)`` equal to the blocks one after
-        another, padding aside; `join` takes it to restore the rows' order.
+        The blocks, and `order` [N] int64: ``batch.rows(order)`` is the blocks one after another,
+        padding aside. `join` takes it to restore the rows' order.
 
     Raises:
         ValueError: `tokens` is below 1.
@@ -172,9 +185,19 @@ def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
     return [trim(block) for block in blocks], order
 
 
-def sequences(prompt: list[int], steps: list[int], same: list) -> tuple[list[int], list[int]]:
-    """Each row's sequence, and where its response starts; `same`: it may join the row before."""
-    sequence, start, end = [], [], 0
+def sequences(prompt: list[int], steps: list[int], same: list[bool]) -> tuple[list[int], list[int]]:
+    """Puts rows into sequences: a prompt, then the responses to it one after another.
+
+    Args:
+        prompt, steps: the length of each row's prompt and response, in tokens.
+        same: whether a row may join the sequence of the row before.
+
+    Returns:
+        Each row's sequence, and where in it the row's response starts.
+    """
+    sequence: list[int] = []
+    start: list[int] = []
+    end = 0
     for p, t, joins in zip(prompt, steps, same, strict=True):
         if sequence and joins and end + t <= _SEQUENCE:
             sequence.append(sequence[-1])
@@ -182,7 +205,7 @@ def sequences(prompt: list[int], steps: list[int], same: list) -> tuple[list[int
             sequence.append(sequence[-1] + 1 if sequence else 0)
             end = p
         start.append(end)
-        end += max(t - 1, 0)  # a response's last token predicts nothing
+        end += max(t - 1, 0)  # The last token of a response predicts nothing.
     return sequence, start
 
 
@@ -219,23 +242,30 @@ def _cut(batch: Batch, tokens: int) -> list[Tensor]:
     ids = {name: i for i, name in enumerate(dict.fromkeys(names))}
     order = sorted(range(len(names)), key=lambda i: ids[names[i]])
     same = [
-        prompt[i] >= SHARED and names[i] == names[before]
-        for i, before in zip(order, [*order[:1], *order], strict=False)
+        k > 0 and prompt[i] >= SHARED
+        for _, group in groupby(order, key=lambda i: names[i])
+        for k, i in enumerate(group)
     ]
-    found = sequences([prompt[i] for i in order], [steps[i] for i in order], same)
+    sequence, start = sequences([prompt[i] for i in order], [steps[i] for i in order], same)
     members: dict[int, list[int]] = {}
     length: dict[int, int] = {}
-    for i, sequence, start in zip(order, *found, strict=True):
-        members.setdefault(sequence, []).append(i)
-        length[sequence] = start + steps[i]
-    blocks, held, longest = [], 0, 0
+    for i, where, begins in zip(order, sequence, start, strict=True):
+        members.setdefault(where, []).append(i)
+        length[where] = begins + steps[i]
+    blocks = _blocks(length, tokens)
+    return [torch.tensor([i for where in block for i in members[where]]) for block in blocks]
+
+
+def _blocks(length: dict[int, int], tokens: int) -> list[list[int]]:
+    """Sequences, the longest first, in blocks that hold at most `tokens` when padded."""
+    blocks: list[list[int]] = []
+    longest = 0
     for sequence in sorted(length, key=length.__getitem__, reverse=True):
-        if not blocks or (held + 1) * longest > tokens:
+        if not blocks or (len(blocks[-1]) + 1) * longest > tokens:
             blocks.append([])
-            held, longest = 0, length[sequence]
-        blocks[-1] += members[sequence]
-        held += 1
-    return [torch.tensor(block) for block in blocks]
+            longest = length[sequence]
+        blocks[-1].append(sequence)
+    return blocks
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -249,19 +279,62 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
-def _same_length(name: str, values, n: int) -> None:
+def unknown_rows(batch: Batch, name: str) -> Tensor:
+    """Which rows lack a floating field, [N] bool: it is nan, on the response if it is by token."""
+    value = getattr(batch, name)
+    return (value.isnan() & batch.response).any(1) if value.ndim == 2 else value.isnan()
+
+
+def _known_fields(batch: Batch) -> str:
+    """The floating fields by what is known of them, for printing."""
+    known, unknown = [], []
+    for name in batch._fields:
+        value = getattr(batch, name)
+        if value.is_floating_point():
+            count = int(batch.response.any(1).sum()) if value.ndim == 2 else batch.n
+            missing = int(unknown_rows(batch, name).sum())
+            if missing < count:
+                known.append(f"{name} in {count - missing} rows" if missing else name)
+            else:
+                unknown.append(name)
+    return f"known: {', '.join(known) or 'none'}, unknown: {', '.join(unknown) or 'none'}"
+
+
+def _check_lists(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> None:
+    n = len(prompts)
+    _same_length("responses", responses, n)
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(
+            f"collate: every prompt must hold at least one token, rows {empty[:5]} are empty. "
+            "The first response token has nothing that predicts it. Prepend the BOS token."
+        )
+    if not any(len(response) for response in responses):
+        raise ValueError(
+            f"collate: at least one response token was expected, all {n} responses are empty. "
+            "Check where the prompt ends and that a sampled EOS is kept."
+        )
+
+
+def _same_length(name: str, values: Sized, n: int) -> None:
     if len(values) != n:
-        raise ValueError(f"collate: {n} prompts but {len(values)} {name}; one each was expected.")
+        raise ValueError(
+            f"collate: as many {name} as prompts were expected, {len(values)} came for {n} prompts."
+        )
 
 
-def _column(name: str, values, n: int, dtype=torch.float64) -> Tensor:
+def _column(
+    name: str, values: Sequence[float] | Tensor | None, n: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
     if values is None:
         return torch.full((n,), torch.nan, dtype=dtype)
     _same_length(name, values, n)
     return torch.as_tensor(values, dtype=dtype).clone()
 
 
-def _ragged(name: str, values, response: Tensor) -> Tensor:
+def _ragged(
+    name: str, values: Sequence[Sequence[float]] | Tensor | None, response: Tensor
+) -> Tensor:
     out = torch.full(response.shape, torch.nan, dtype=torch.float64)
     if values is None:
         return out

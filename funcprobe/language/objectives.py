@@ -1,15 +1,19 @@
-"""Policy-gradient objectives: a table of recipes, fixed on the whole batch, then summed by rows."""
+"""Policy-gradient objectives by recipe: fixed on the whole batch, then summed over its rows."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .batch import Batch, lengths
+from .batch import Batch, lengths, unknown_rows
+from .model.split import Params
 from .recipes import RECIPES as RECIPES
 from .recipes import Recipe as Recipe
 from .recipes import as_recipe
-from .score import Scores
+from .score import Score
+from .tracing import concrete
+
+Loss = Callable[[Params, Batch], Tensor]
 
 
 def prepare(
@@ -22,13 +26,13 @@ def prepare(
 ) -> Batch:
     """Fixes advantages and token weights on the whole batch, before it is cut into rows.
 
-    So the rows' losses sum to the batch loss whatever the micro-batches. Advantages are made from
-    the rewards; a batch without rewards uses the advantages it brings.
+    The rows' losses then sum to the batch loss whatever the micro-batches are. Advantages are made
+    from the rewards; a batch without rewards uses the advantages that it brings.
 
     Args:
         batch: N rows, complete groups.
         recipe: a name in `RECIPES`, or a `Recipe`.
-        old_logp: [N, R] nats under the behaviour policy; the batch's own if not given.
+        old_logp: [N, R] nats under the behaviour policy; what the batch holds if not given.
         ref_logp: [N, R] nats under the KL reference; needed if the recipe has ``beta > 0``.
         max_length: the constant divisor of "constant" aggregation, in tokens; R if not given.
 
@@ -38,39 +42,43 @@ def prepare(
     Raises:
         ValueError: an unknown recipe, a field it needs that is unknown (nan), or advantages in
             the batch that differ from those the recipe makes of its rewards.
+
+    >>> from funcprobe import collate
+    >>> batch = collate([[5], [5]], [[1, 2], [3, 4]], reward=[1.0, 0.0])
+    >>> prepare(batch, "rloo", old_logp=torch.zeros(2, 2)).advantage.tolist()
+    [1.0, -1.0]
     """
     recipe = as_recipe(recipe)
     if old_logp is not None:
-        batch = batch._replace(old_logp=_like(batch, old_logp))
+        batch = batch._replace(old_logp=_like_response("old_logp", old_logp, batch))
     if ref_logp is not None:
-        batch = batch._replace(ref_logp=_like(batch, ref_logp))
+        batch = batch._replace(ref_logp=_like_response("ref_logp", ref_logp, batch))
     if recipe.ratio != "none":
-        _known(batch, "old_logp", "Pass old_logp=evaluate(score, params, batch).logp.")
+        _require(batch, "old_logp", "Pass old_logp=evaluate(score, params, batch).logp.")
     if recipe.beta:
-        _known(batch, "ref_logp", "Pass ref_logp=, or use a recipe with beta=0.")
+        _require(batch, "ref_logp", "Pass ref_logp=, or use a recipe with beta=0.")
     return batch._replace(
         advantage=_advantage(batch, recipe), weight=_weights(batch, recipe, max_length)
     )
 
 
-def objective(
-    score: Callable[[object, Batch], Scores], recipe: str | Recipe
-) -> Callable[[object, Batch], Tensor]:
+def objective(score: Score, recipe: str | Recipe) -> Loss:
     """The loss of a prepared batch by token: ``fn(params, batch) -> [N, R]``, its sum the loss.
 
-    Row-separable: `prepare` has put what couples rows into the batch.
+    Row i depends on row i of the batch alone: `prepare` has put what couples rows into the batch.
 
     Args:
         score: a scorer.
         recipe: the one the batch was prepared with.
 
     Raises:
-        ValueError: an unknown recipe; where the function is called, a batch that was not prepared.
+        ValueError: an unknown recipe. The function itself raises it for a batch that was not
+            prepared.
     """
     recipe = as_recipe(recipe)
 
-    def loss(params, batch: Batch) -> Tensor:
-        _prepared(batch)
+    def loss(params: Params, batch: Batch) -> Tensor:
+        _check_prepared(batch)
         logp = score(params, batch).logp
         advantage = batch.advantage.to(logp.dtype).unsqueeze(-1)
         token = _surrogate(recipe, logp, advantage, batch)
@@ -83,10 +91,18 @@ def objective(
 
 
 def advantages(reward: Tensor, group: Tensor, recipe: Recipe) -> Tensor:
-    """Rewards less their baseline, over their scale: [N] from [N] rewards and prompt ids.
+    """Rewards less their baseline, over their scale.
 
-    A group of one has mean and leave-one-out baseline equal to its reward and 0, and standard
-    deviation 0.
+    In a group of one reward, the mean baseline is that reward, the leave-one-out baseline is 0, and
+    the standard deviation is 0.
+
+    Args:
+        reward: [N], in the reward's unit.
+        group: [N] int64, prompt ids.
+        recipe: its baseline and scale are used.
+
+    Returns:
+        [N].
     """
     _, index, count = group.unique(return_inverse=True, return_counts=True)
     total = torch.zeros(len(count), dtype=reward.dtype, device=reward.device)
@@ -109,11 +125,12 @@ def advantages(reward: Tensor, group: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _advantage(batch: Batch, recipe: Recipe) -> Tensor:
+    """The advantages that the batch brings, or those that the recipe makes of its rewards, [N]."""
     brought = not batch.advantage.isnan().any()
     if recipe.baseline == "given" or (brought and batch.reward.isnan().any()):
-        _known(batch, "advantage", "Give an advantage for every row, or another baseline.")
+        _require(batch, "advantage", "Give an advantage for every row, or another baseline.")
         return batch.advantage
-    _known(batch, "reward", "Give rewards, or advantages for every row.")
+    _require(batch, "reward", "Give rewards, or advantages for every row.")
     made = advantages(batch.reward, batch.group, recipe)
     if brought and not torch.allclose(batch.advantage, made, rtol=1e-6, atol=1e-9):
         raise ValueError(
@@ -125,11 +142,12 @@ def _advantage(batch: Batch, recipe: Recipe) -> Tensor:
 
 
 def _surrogate(recipe: Recipe, logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
+    """``-min(r A, clip(r) A)`` of each token, [N, R]; ``-A logp`` without a ratio."""
     if recipe.ratio == "none":
         return -advantage * logp
     log_ratio = logp - torch.where(batch.response, batch.old_logp.to(logp.dtype), 0.0)
     if recipe.ratio == "sequence":
-        # Every token carries its sequence's loss; the weights share it out.
+        # Every token carries the loss of its whole sequence, and the weights divide it among them.
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(logp)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - recipe.clip_low, 1 + recipe.clip_high)
@@ -137,41 +155,39 @@ def _surrogate(recipe: Recipe, logp: Tensor, advantage: Tensor, batch: Batch) ->
 
 
 def _weights(batch: Batch, recipe: Recipe, max_length: int | None) -> Tensor:
+    """What each token's loss counts in the batch loss, [N, R], 0 off the response."""
     n, steps = batch.response.shape
     length = lengths(batch).clamp(min=1).unsqueeze(-1).double()
-    each = {
-        "sequence_sum": 1 / length / n
-        if recipe.ratio == "sequence"
-        else torch.ones_like(length) / n,
+    one = torch.ones_like(length)
+    weights = {
+        "sequence_sum": 1 / length / n if recipe.ratio == "sequence" else one / n,
         "sequence_mean": 1 / length / n,
-        "token_mean": torch.ones_like(length) / batch.response.sum(),
-        "constant": torch.ones_like(length) / (n * (max_length or steps)),
+        "token_mean": one / batch.response.sum(),
+        "constant": one / (n * (max_length or steps)),
     }[recipe.aggregate]
-    return each * batch.response
+    return weights * batch.response
 
 
-def _known(batch: Batch, name: str, remedy: str) -> None:
-    value = getattr(batch, name)
-    unknown = value.isnan() & batch.response if value.ndim == 2 else value.isnan()
-    if unknown.any():
-        rows = unknown.nonzero()[:, 0].unique().tolist()
+def _require(batch: Batch, name: str, remedy: str) -> None:
+    """Raises ValueError, with the remedy, if a field is unknown in some row."""
+    rows = unknown_rows(batch, name).nonzero().flatten().tolist()
+    if rows:
         raise ValueError(f"prepare: {name} is unknown in {len(rows)} rows, {rows[:5]}. {remedy}")
 
 
-def _like(batch: Batch, values: Tensor) -> Tensor:
+def _like_response(name: str, values: Tensor, batch: Batch) -> Tensor:
+    """The values [N, R] in the batch's dtype and on its device, without a graph."""
     if values.shape != batch.response.shape:
         raise ValueError(
-            f"prepare: per-token values must be {list(batch.response.shape)} like the batch's "
-            f"responses, not {list(values.shape)}."
+            f"prepare: {name} must be {list(batch.response.shape)} like the batch's responses, not "
+            f"{list(values.shape)}. Score the same batch, not a trimmed or a wider one."
         )
     return values.detach().double().to(batch.response.device)
 
 
-def _prepared(batch: Batch) -> None:
-    weight = batch.weight
-    readable = torch.func.debug_unwrap(weight, recurse=False) is weight
-    if readable and weight.isnan().any():
+def _check_prepared(batch: Batch) -> None:
+    if concrete(batch.weight) and batch.weight.isnan().any():
         raise ValueError(
-            "objective: the batch was not prepared, its token weights are unknown (nan). "
-            "Call prepare(batch, recipe) on the whole batch first."
+            "objective: a prepared batch was expected, but this one was not prepared: its token "
+            "weights are unknown (nan). Call prepare(batch, recipe) on the whole batch first."
         )

@@ -1,4 +1,4 @@
-"""How the model reads a batch: a prompt once for its responses, and no place that is not scored."""
+"""How the model reads a batch: each prompt once, and no position that is not scored."""
 
 from typing import NamedTuple
 
@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .batch import SHARED, Batch, sequences, targets
+from .batch import SHARED as SHARED
+from .batch import Batch, sequences, targets
+from .summaries import summary
 
 
 class Layout(NamedTuple):
     """M sequences of L tokens, and the T places among them that predict a response token.
 
-    A sequence is a prompt and the responses to it, each of which sees the prompt and itself only.
+    A sequence is a prompt and the responses to it. Each response sees the prompt and itself only.
     """
 
     tokens: Tensor  # [M, L] int64
@@ -22,9 +24,12 @@ class Layout(NamedTuple):
     target: Tensor  # [T] int64, the response token there
     slot: Tensor  # [N, R] int64, index into T; arbitrary off the response
 
+    def __repr__(self) -> str:
+        return summary(self)
+
 
 def by_row(batch: Batch) -> Layout:
-    """Every row as it is with all its response slots: passes through `vmap` over rows."""
+    """Every row as it is with all its response slots: this passes through `vmap` over rows."""
     (n, steps), width = batch.position.shape, batch.tokens.shape[1]
     first = torch.arange(n, device=batch.tokens.device).unsqueeze(1) * width
     slot = torch.arange(n * steps, device=batch.tokens.device).view(n, steps)
@@ -33,49 +38,101 @@ def by_row(batch: Batch) -> Layout:
 
 
 def pack(batch: Batch, *, least: float = SHARED, multiple: int = 1) -> Layout:
-    """Consecutive rows of one prompt behind one copy of it, and no place that is not scored.
+    """Reads each prompt once and drops unscored positions.
+
+    Consecutive rows of one prompt follow one copy of it. The last token of a response predicts
+    nothing and is left out. With prompts of at least ``least=3`` tokens shared::
+
+        row 0    1 2 3 | 7 8            tokens   1 2 3 7 6 5    place    0 1 2 3 3 4
+        row 1    1 2 3 | 6 5 4                   4 5 0 0 0 0             0 1 2 3 4 5
+        row 2    4 5 | 9
+                                        segment  0 0 0 1 2 2    (7 is of response 1, 6 5 of 2)
+                                                 0 0 0 0 0 0
+
+        read     2 3   2 4 5   7        indices into the 2 x 6 tokens: 3 7, 3 6 5, 5
+        target   7 8   6 5 4   9        the response tokens that they predict
+        slot     0 1   2 3 4   5        where in `read` each response token is
 
     Args:
-        batch: N rows; their tokens are looked at, so no transform may have wrapped them.
-        least: tokens of a prompt that is shared, at least.
+        batch: N rows. Their tokens are looked at, so no transform may have wrapped them.
+        least: a prompt of at least this many tokens is shared.
         multiple: M L and T are filled up to multiples of it.
+
+    Returns:
+        The layout. `place` and `segment` are None if no prompt is shared.
     """
-    device, (n, width) = batch.tokens.device, batch.tokens.shape
+    rows = _arrange(batch, least, multiple)
+    index = _predicting(batch, rows)
+    tokens, place, segment = _fill(batch, rows, index)
+    count = int(batch.response.sum())
+    spare = max(1 - count, 0) + -max(count, 1) % multiple
+    read, target = (pad(x[batch.response], (0, spare)) for x in (index, targets(batch)))
+    slot = (batch.response.flatten().cumsum(0) - 1).clamp(min=0).view_as(batch.response)
+    return Layout(tokens, place, segment, read, target, slot)
+
+
+class _Rows(NamedTuple):
+    """Where each of the N rows lies in the sequences."""
+
+    prompt: Tensor  # [N] int64, tokens of its prompt
+    sequence: Tensor  # [N] int64, the sequence that it is in
+    start: Tensor  # [N] int64, where its response starts in that sequence
+    first: Tensor  # [N] bool, whether it is its sequence's first row
+    length: int  # L, of every sequence
+
+
+def _arrange(batch: Batch, least: float, multiple: int) -> _Rows:
+    """Sizes: which rows share a sequence, and how long the sequences are."""
+    device, width = batch.tokens.device, batch.tokens.shape[1]
     steps, prompt = batch.response.sum(1), batch.position[:, 0] + 1
-    ahead = torch.arange(width, device=device)
-    equal = (batch.tokens[1:] == batch.tokens[:-1]) | (ahead >= prompt[1:].unsqueeze(1))
+    after = torch.arange(width, device=device) >= prompt[1:].unsqueeze(1)
+    equal = (batch.tokens[1:] == batch.tokens[:-1]) | after
     same = torch.cat([prompt.new_zeros(1, dtype=torch.bool), equal.all(1)])
     same[1:] &= prompt[1:] == prompt[:-1]
     sizes = torch.stack([prompt, steps, same & (prompt >= least)]).tolist()
     sequence, start = (torch.tensor(x, device=device) for x in sequences(*sizes))
     first = sequence.diff(prepend=sequence.new_full((1,), -1)) > 0
     length = max(int((start + steps).max()) - 1, 1)
-    length += -length % multiple
+    return _Rows(prompt, sequence, start, first, length + -length % multiple)
 
-    k = torch.arange(batch.response.shape[1], device=device)
-    own = torch.where(k == 0, prompt.unsqueeze(1) - 1, start.unsqueeze(1) + k - 1)
-    at = sequence.unsqueeze(1) * length + own
-    inner = batch.response & (k > 0)  # a response token that predicts the next
-    lead = pad(batch.tokens[first], (0, max(length - width, 0)))[:, :length]
-    ahead = torch.arange(length, device=device)
-    tokens = torch.where(ahead < prompt[first].unsqueeze(1), lead, 0)
-    tokens.view(-1)[at[inner]] = batch.tokens.gather(1, batch.position)[inner]
-    place = segment = None
-    if len(tokens) < n:
-        place, segment = ahead.repeat(len(tokens), 1), torch.zeros_like(tokens)
-        place.view(-1)[at[inner]] = batch.position[inner]
-        segment.view(-1)[at[inner]] = torch.arange(1, n + 1, device=device).repeat_interleave(
-            inner.sum(1)
-        )
-    count = int(steps.sum())
-    spare = max(1 - count, 0) + -max(count, 1) % multiple
-    read, target = (pad(x[batch.response], (0, spare)) for x in (at, targets(batch)))
-    slot = (batch.response.flatten().cumsum(0) - 1).clamp(min=0).view_as(batch.response)
-    return Layout(tokens, place, segment, read, target, slot)
+
+def _predicting(batch: Batch, rows: _Rows) -> Tensor:
+    """Indices [N, R] into the M L tokens: the one that predicts each response token.
+
+    It is the prompt's last token for the first response token, else the response token before.
+    """
+    k = torch.arange(batch.response.shape[1], device=batch.response.device)
+    place = torch.where(k == 0, rows.prompt.unsqueeze(1) - 1, rows.start.unsqueeze(1) + k - 1)
+    return rows.sequence.unsqueeze(1) * rows.length + place
+
+
+def _fill(batch: Batch, rows: _Rows, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Tokens, places and segments [M, L]: the prompts first, then what responses are read."""
+    (n, width), device = batch.tokens.shape, batch.tokens.device
+    # The prompt's last token predicts the first of the response, whose others predict one another.
+    read = batch.response & (torch.arange(batch.response.shape[1], device=device) > 0)
+    index, ahead = index[read], torch.arange(rows.length, device=device)
+    prompts = pad(batch.tokens[rows.first], (0, max(rows.length - width, 0)))[:, : rows.length]
+    tokens = torch.where(ahead < rows.prompt[rows.first].unsqueeze(1), prompts, 0)
+    tokens.view(-1)[index] = batch.tokens.gather(1, batch.position)[read]
+    if len(tokens) == n:
+        return tokens, None, None
+    place, segment = ahead.repeat(len(tokens), 1), torch.zeros_like(tokens)
+    place.view(-1)[index] = batch.position[read]
+    response = torch.arange(1, n + 1, device=device)
+    segment.view(-1)[index] = response.repeat_interleave(read.sum(1))
+    return tokens, place, segment
 
 
 def visible(segment: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive mask of sequences of shared prompts, [M, 1, L, L]."""
+    """The additive mask of sequences whose prompts are shared, [M, 1, L, L].
+
+    A token sees the prompt and its own response, up to itself.
+
+    Args:
+        segment: [M, L], as in `Layout`.
+        dtype: of the mask, in which a hidden key has the least finite number.
+    """
     ahead = torch.arange(segment.shape[1], device=segment.device)
     keys = segment.unsqueeze(1)
     seen = ((keys == 0) | (keys == segment.unsqueeze(2))) & (ahead <= ahead.unsqueeze(1))
