@@ -122,7 +122,7 @@ def the_inner_product_misses_a_tensor(right, a, b):
 
 # Increments
 
-ROW_RULES = "test_increment.py::test_row_rules"
+ROW_RULES = "test_increment.py::test_row_rules_at_every_size"
 INCREMENTS = "calculus.transforms.increment.RULES"
 
 
@@ -193,7 +193,7 @@ def the_derivative_is_a_forward_difference(right, fn, params, v, batch, **option
 
 # Curves
 
-KNOWN = "test_interpolation.py::test_a_known_function"
+KNOWN = "test_interpolation.py::test_a_known_function_is_interpolated_within_the_bound"
 BOUND = "test_interpolation.py::test_the_bound_holds_for_fast_and_slow_curves"
 
 

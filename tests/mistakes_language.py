@@ -103,18 +103,27 @@ def tokens_are_averaged_over_the_padding_too(right, batch, recipe, **options):
     return out._replace(weight=out.weight * out.response.double().mean())
 
 
-@mistake("language.objectives.prepare", "test_objectives.py::test_the_constant_divisor")
+@mistake(
+    "language.objectives.prepare",
+    "test_objectives.py::test_the_constant_divisor_is_the_longest_response_allowed",
+)
 def the_constant_divisor_is_the_longest_response(right, *args, max_length=None, **options):
     return right(*args, **options)
 
 
-@mistake("language.objectives.advantages", "test_objectives.py::test_advantages[loo-none]")
+@mistake(
+    "language.objectives.advantages",
+    "test_objectives.py::test_advantages_are_those_of_loops[loo-none]",
+)
 def the_baseline_holds_the_rows_own_reward(right, reward, group, recipe):
     baseline = "mean" if recipe.baseline == "loo" else recipe.baseline
     return right(reward, group, replace(recipe, baseline=baseline))
 
 
-@mistake("language.objectives.advantages", "test_objectives.py::test_advantages[mean-group]")
+@mistake(
+    "language.objectives.advantages",
+    "test_objectives.py::test_advantages_are_those_of_loops[mean-group]",
+)
 def the_scale_is_that_of_the_batch(right, reward, group, recipe):
     scale = "batch" if recipe.scale == "group" else recipe.scale
     return right(reward, group, replace(recipe, scale=scale))
@@ -123,7 +132,7 @@ def the_scale_is_that_of_the_batch(right, reward, group, recipe):
 # Shared prompts
 
 PACKED = "test_packing.py::test_shared_prompts_change_no_score"
-LAYOUT = "test_packing.py::test_layout_by_hand"
+LAYOUT = "test_packing.py::test_the_layout_is_the_one_drawn_by_hand"
 
 
 @mistake("language.packing.pack", f"{PACKED}[llama]", LAYOUT)

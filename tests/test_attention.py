@@ -49,7 +49,7 @@ def test_blocks_of_queries_are_every_query_on_its_own(monkeypatch, kind, softcap
     torch.testing.assert_close(ours, want, rtol=1e-12, atol=1e-13)
 
 
-def test_the_default_scaling():
+def test_the_default_scaling_is_by_the_root_of_the_size():
     x = torch.randn(1, 1, 3, 5, generator=torch.Generator().manual_seed(0)).double()
     ours, _ = attention.attend(None, x, x, x, None)
     torch.testing.assert_close(ours, by_hand(x, x, x, None, 1 / math.sqrt(5), None))

@@ -118,7 +118,7 @@ def test_a_real_trainers_checkpoint(saved, tmp_path):
 
 
 @pytest.mark.parametrize("given, used", [(None, None), (0, None), (0.5, 0.5)])
-def test_clipping_is_the_callers(saved, given, used):
+def test_the_caller_decides_the_clipping(saved, given, used):
     checkpoint = load_checkpoint(saved.path, max_grad_norm=given)
     assert checkpoint.adamw["max_grad_norm"] == used
     assert CLIPPING not in checkpoint.notes
@@ -160,7 +160,7 @@ def test_a_whole_model_trains_every_parameter(saved, base, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, None])
-def test_dtypes(saved, dtype):
+def test_everything_is_loaded_in_the_dtype_asked_for(saved, dtype):
     checkpoint = load_checkpoint(saved.path, dtype=dtype)
     trees = (checkpoint.params, checkpoint.state.mu, checkpoint.state.nu)
     dtypes = {t.dtype for tree in trees for t in tree.values()}

@@ -112,7 +112,7 @@ def test_a_bad_config_is_named(tmp_path, text, complaint):
     assert result.returncode == 2 and complaint in result.stderr
 
 
-def test_help_and_unknown_commands(tmp_path):
+def test_help_is_printed_and_unknown_commands_are_refused(tmp_path):
     assert "usage: funcprobe probe" in run(tmp_path).stdout
     result = run(tmp_path, "prob")
     assert result.returncode == 2 and "unknown command 'prob'" in result.stderr
@@ -200,7 +200,7 @@ def test_every_option_arrives(inputs, called, capsys):
     assert (len(got["U"].group), len(got["E"].group)) == (32, 64)
 
 
-def test_what_is_left_out(inputs, called, capsys):
+def test_options_left_out_have_their_defaults(inputs, called, capsys):
     got = called(capsys, inputs | {"max_grad_norm": 0})
     assert got["checkpoint"].adamw["max_grad_norm"] is None
     assert got["checkpoint"].match != "fresh optimizer"

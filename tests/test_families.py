@@ -70,7 +70,7 @@ def error(family: str, transform: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("family", cases.FAMILIES)
-def test_right(family, transform, dtype):
+def test_every_transform_is_right(family, transform, dtype):
     rounding = 10 if transform == "jvp(jvp)" and dtype == torch.float64 else 1
     assert error(family, transform, dtype) < rounding * LIMIT[dtype]
 

@@ -143,7 +143,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("size", [1e-30, 1e-9, 1e-3, 1.0, 10.0])
-def test_row_rules(name, dtype, size):
+def test_row_rules_at_every_size(name, dtype, size):
     op, exact = ROWS[name]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(8, 6, generator=generator, dtype=torch.float64).to(dtype)
@@ -167,7 +167,7 @@ def test_the_indices_of_order_statistics_move_too():
     assert value.tolist() == [[30.0, 20.0]] and out.tolist() == [[-10.0, 10.0]]
 
 
-def test_minus_infinity_and_masks():
+def test_minus_infinity_and_masks_stay_finite():
     x = torch.tensor([[0.5, -torch.inf, 1.0]], dtype=torch.float64)
     d = torch.tensor([[1e-9, 0.0, -2e-9]], dtype=torch.float64)
     for op in (torch.softmax, torch.log_softmax):
@@ -218,7 +218,7 @@ def test_the_value_is_the_plain_function_bit_for_bit():
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 8])
-def test_lanes_and_zeros(lanes):
+def test_lanes_change_nothing_and_zeros_stay_exact(lanes):
     case, batch = cases.case("gemma2", torch.float64), cases.batch()
     score, v = fp.scorer(case.model, case.base), cases.direction(case.params)
     same = {"change": "increment", "rows": 3, "lanes": lanes}
@@ -359,7 +359,7 @@ def test_operations_in_place_rebind_and_touch_nothing():
         (lambda x: torch.stack(list(x.chunk(2)), 1), [[1.0, -1.0]]),
     ],
 )
-def test_spellings(fn, want):
+def test_every_spelling_has_a_rule(fn, want):
     """Derivatives at [1, 2] along [1, -1], by a tiny increment."""
     x, d = torch.tensor([1.0, 2.0]).double(), torch.tensor([1e-9, -1e-9]).double()
     _, out = increment(lambda p, _: fn(p["x"]), {"x": x}, {"x": d})(None)
@@ -400,7 +400,7 @@ def test_a_token_that_becomes_likely_at_once_overflows_nothing():
 
 
 @pytest.mark.parametrize("matmul", ["tf32", "bfloat16"])
-def test_products_in_lower_precision(matmul):
+def test_products_in_lower_precision_round_the_changes_alone(matmul):
     """The values do not change; the changes by a rounding of that precision and no more."""
     case, batch = cases.case("llama", torch.float32), cases.batch()
     score, v = fp.scorer(case.model, case.base), cases.direction(case.params)

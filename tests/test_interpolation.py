@@ -28,7 +28,7 @@ def analytic(params, batch):
 
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (-1.0, 1.0), (-0.3, 1.0), (-1.0, 0.0)])
-def test_a_known_function(span):
+def test_a_known_function_is_interpolated_within_the_bound(span):
     batch, zero = (
         torch.tensor([0.5, -0.2, 0.7], dtype=torch.float64),
         torch.zeros((), dtype=torch.float64),
@@ -70,7 +70,7 @@ def test_tiny_etas_keep_their_relative_accuracy():
 
 
 @pytest.mark.parametrize("kind", ["direct", "increment"])
-def test_a_curve_of_sixty_four_points(checkpoint, evaluation, stepped, kind):
+def test_a_curve_of_sixty_four_points_takes_nine_evaluations(checkpoint, evaluation, stepped, kind):
     """Over a range in which tokens move by about half a nat, from at most nine evaluations."""
     score, v, batch = (
         fp.scorer(checkpoint.model, checkpoint.base),
@@ -273,13 +273,13 @@ def test_bad_tolerances_are_refused(tol):
 
 
 @pytest.mark.parametrize("nodes", ["auto", 3, 40])
-def test_nothing_moves(nodes):
+def test_a_function_that_does_not_move_has_a_flat_curve(nodes):
     batch = torch.ones(2, dtype=torch.float64)
     got = fp.sweep(analytic, {"t": ZERO}, {"t": ZERO}, [0.0, 0.5, 1.0], batch, nodes=nodes)
     assert (got.change == 0).all() and got.change.shape == (3, 2, 2)
 
 
-def test_only_zeros():
+def test_a_curve_at_zero_alone_is_zero():
     zero = torch.zeros((), dtype=torch.float64)
     got = fp.sweep(
         analytic,

@@ -189,7 +189,7 @@ def test_rules_against_nested_jvp(name, shape):
     )
 
 
-def test_two_series_of_different_lengths():
+def test_two_series_of_different_lengths_combine():
     """A product of a short and a full series, both ways round."""
     for first, second in ((SHAPES[1], SHAPES[0]), (SHAPES[0], SHAPES[1]), (SHAPES[2], SHAPES[3])):
         x, y = series(first, 4, 4, seed=2), series(second, 4, 4, seed=3)
@@ -339,7 +339,7 @@ def write(out, x):
     return out
 
 
-def test_a_taylor_within_the_function():
+def test_a_taylor_within_the_function_is_differentiated():
     """d/dt of f'(x + t v) along v is f'' along v, and so on."""
 
     def inner(p, b):

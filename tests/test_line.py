@@ -37,7 +37,7 @@ def test_one_shifted_name_changes_only_itself():
         assert torch.equal(out[n], params[n] + 0.5 if n == name else params[n])
 
 
-def test_no_direction_mirrors_the_parameters():
+def test_a_shift_without_a_direction_is_a_copy_of_the_dict():
     params = cases.case().params
     out = fp.shift(params, None, 3.0)
     assert out is not params and out.keys() == params.keys()

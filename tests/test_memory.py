@@ -64,7 +64,7 @@ def test_a_sweep_halves_rows_and_says_so(setting, change, message):
 
 
 @pytest.mark.parametrize("change", ["direct", "increment"])
-def test_then_lanes_the_base_among_them(setting, change):
+def test_lanes_are_halved_after_rows(setting, change):
     score, params, batch = setting
     v, etas = cases.direction(params), [0.0, 1e-3, 0.0, 0.1, 0.2]
     whole = fp.sweep(score, params, v, etas, batch, change=change)

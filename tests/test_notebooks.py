@@ -58,7 +58,7 @@ def test_what_counts_as_a_difference():
         assert len(differences(text, [text[0].replace("-4.634e-03", other), text[1]])) == 1
 
 
-def test_quickstart(monkeypatch):
+def test_the_quickstart_runs(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     said, says = run("quickstart.ipynb")
     assert says.strip().endswith("True")
@@ -67,7 +67,7 @@ def test_quickstart(monkeypatch):
     assert differences(said.splitlines()[8:15], says.splitlines()[8:15]) == []
 
 
-def test_linearity(monkeypatch):
+def test_the_notebook_on_linearity_runs(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     said, says = (text.splitlines() for text in run("linearity.ipynb"))
     # What follows from the stored arrays, up to the samples; and the answer at the end.
@@ -82,6 +82,6 @@ def test_linearity(monkeypatch):
 
 
 @pytest.mark.real
-def test_smollm2():
+def test_the_notebook_on_smollm2_runs():
     said, says = run("smollm2.ipynb")
     assert says.strip().endswith("True") and said.strip().endswith("True")

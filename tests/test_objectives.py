@@ -80,7 +80,7 @@ def test_ratios_are_clipped_somewhere():
     assert (ratio > 1.28).any() and (ratio < 0.8).any() and ((ratio - 1).abs() < 0.2).any()
 
 
-def test_the_constant_divisor():
+def test_the_constant_divisor_is_the_longest_response_allowed():
     _, _, batch, _, _ = prepared("dr_grpo")
     _, _, longer, _, _ = prepared("dr_grpo", max_length=100)
     n, r = batch.response.shape
@@ -145,14 +145,14 @@ def test_on_the_behaviour_policy_every_ratio_is_one(name):
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 @pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
-def test_advantages(baseline, scale):
+def test_advantages_are_those_of_loops(baseline, scale):
     batch = cases.batch()
     ours = advantages(batch.reward, batch.group, Recipe(baseline=baseline, scale=scale))
     own = reference.group_advantages(batch.reward, batch.group, baseline=baseline, scale=scale)
     torch.testing.assert_close(ours, own, **EXACT)
 
 
-def test_a_group_of_one():
+def test_a_group_of_one_has_no_peers():
     reward, group = torch.tensor([3.0, 1.0, 2.0]).double(), torch.tensor([7, 4, 4])
     mean = advantages(reward, group, RECIPES["grpo"])
     assert mean[0] == 0 and mean.isfinite().all()

@@ -59,7 +59,7 @@ def test_the_rule_for_decay_is_the_trainers(family):
     assert len(ours) < len(list(module.parameters()))
 
 
-def test_one_group_is_the_trained_in_order(folder):
+def test_one_group_lists_the_trained_parameters_in_order(folder):
     run = train(folder, one)
     checkpoint = load_checkpoint(folder)
     assert_loaded(checkpoint, run)

@@ -87,7 +87,7 @@ def test_a_model_without_positions_of_its_own_never_shares(monkeypatch):
     assert len(model.layout(batch()).tokens) == len(ROWS)
 
 
-def test_layout_by_hand():
+def test_the_layout_is_the_one_drawn_by_hand():
     three = fp.collate([[1, 2, 3], [1, 2, 3], [4, 5]], [[7, 8], [6, 5, 4], [9]])
     got = pack(three, least=3)
     assert got.tokens.tolist() == [[1, 2, 3, 7, 6, 5], [4, 5, 0, 0, 0, 0]]
@@ -131,7 +131,7 @@ def test_only_equal_prompts_are_shared():
     assert [len(part.tokens) for part in parts].count(3) == 1 and len(parts) == 3
 
 
-def test_no_response_at_all_in_a_block():
+def test_a_block_without_any_response_scores_zero():
     whole = batch()
     case = cases.case()
     empty = whole.rows(torch.tensor([4, 4]))

@@ -183,7 +183,7 @@ def test_missing_old_logp_means_on_policy(checkpoint, small, report):
     assert torch.allclose(other.change.value, report.change.value, rtol=1e-5, atol=1e-12)
 
 
-def test_per_sequence_and_top_p(checkpoint, small):
+def test_the_probe_works_per_sequence_and_with_top_p(checkpoint, small):
     sampling = fp.Sampling(0.8, 0.9)
     tuned = dataclasses.replace(checkpoint, sampling=sampling)
     drawn = fp.rollout(tuned, ["3+4=", "8+8+1="], samples=6, max_new_tokens=24, seed=0)

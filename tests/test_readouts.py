@@ -135,7 +135,7 @@ def test_impossible_tokens_add_nothing_to_value_or_derivatives(name):
     assert masked.isfinite().all() and (masked[out] == 0).all()
 
 
-def test_one_possible_token():
+def test_one_possible_token_is_certain():
     z = torch.tensor([[0.3, -torch.inf, -torch.inf]])
     y = torch.tensor([0])
     assert readouts.top_probability(z, y) == 1 and readouts.collision_probability(z, y) == 1

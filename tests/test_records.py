@@ -47,7 +47,7 @@ def test_the_texts_are_the_prompt_and_what_follows(tmp_path, checkpoint, evaluat
         assert line["prompt_ids"] + line["completion_ids"] == ids
 
 
-def test_a_field_known_in_some_rows_only(tmp_path):
+def test_a_field_may_be_known_in_some_rows_only(tmp_path):
     nan = float("nan")
     some = fp.collate(
         [[1], [2]],
@@ -100,7 +100,7 @@ class Words:
         return {"input_ids": ids + [81] * add_generation_prompt}
 
 
-def test_chats_texts_and_padding(tmp_path):
+def test_chats_texts_and_padding_are_read(tmp_path):
     chat = [{"role": "user", "content": "how are you"}]
     path = lines(
         tmp_path / "c.jsonl",

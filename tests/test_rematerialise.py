@@ -130,7 +130,7 @@ def test_vmapped_rows_share_the_parameters(setting, narrow, nesting):
     assert_same(outcome(fp.scorer(s.model, s.base, chunk=5)), outcome(from_logits(s)))
 
 
-def test_row_gradients_and_backward(setting, narrow):
+def test_row_gradients_and_backward_are_those_of_full_logits(setting, narrow):
     s = setting
     score, full = fp.scorer(s.model, s.base, chunk=5), from_logits(s)
     ours = fp.row_gradients(score, s.params, s.batch)
@@ -149,7 +149,7 @@ def test_row_gradients_and_backward(setting, narrow):
     assert_same(*outcomes)
 
 
-def test_increments_and_slices(setting, narrow):
+def test_increments_of_slices_are_those_of_full_logits(setting, narrow):
     s = setting
     score = fp.scorer(s.model, s.base, chunk=5)
     swept = fp.sweep(score, s.params, s.v, [0.0, 0.3], s.batch, change="increment")
@@ -161,7 +161,7 @@ def test_increments_and_slices(setting, narrow):
 
 
 @pytest.mark.parametrize("readout", [None, fp.readouts.expected_kl, fp.readouts.margin])
-def test_top_p_and_readouts_in_reverse(narrow, readout):
+def test_reverse_mode_is_right_through_top_p_and_readouts(narrow, readout):
     case, batch = cases.case("gemma2"), cases.batch(rows=[0, 2, 5])
     params, v = case.params, cases.direction(case.params, size=0.1)
     away = fp.shift(params, v, 1.0)
@@ -184,7 +184,7 @@ def test_top_p_and_readouts_in_reverse(narrow, readout):
             torch.testing.assert_close(h[n], curved[n], **TIGHT)
 
 
-def test_impossible_tokens_in_reverse(narrow):
+def test_impossible_tokens_have_finite_gradients(narrow):
     """A head that gives -inf: finite gradients, of both orders, as of the possible tokens alone."""
     hidden = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).double()
     weight = torch.randn(9, 4, generator=torch.Generator().manual_seed(1)).double()
@@ -238,7 +238,7 @@ def test_the_gradient_in_what_a_scorer_holds_is_not_lost(holds):
         torch.testing.assert_close(g, own, rtol=1e-6, atol=0)
 
 
-def test_a_function_of_several_inputs_recomputed_and_vmapped_over_some():
+def test_a_function_of_several_inputs_may_be_vmapped_over_one():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(5, 4, 3, generator=generator).double()
     w = torch.randn(3, 2, generator=generator).double()

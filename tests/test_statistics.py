@@ -235,7 +235,7 @@ def test_the_error_of_the_base_per_token_is_that_of_a_ratio():
     torch.testing.assert_close(float(out.base_stderr), expected, rtol=1e-12, atol=0)
 
 
-def test_clustering_by_hand():
+def test_influence_values_are_summed_by_prompt():
     psi = torch.tensor([[1.0, -2.0, 4.0, -3.0], [0.0, 0.0, 0.0, 0.0]]).double()
     group = torch.tensor([5, 9, 5, 9])
     assert by_group(psi, group).tolist() == [[5.0, -5.0], [0.0, 0.0]]
@@ -319,7 +319,7 @@ def test_khat_finds_the_tail_of_a_pareto():
         assert abs(khat - k) < 0.15, (k, khat)
 
 
-def test_khat_is_undefined_where_it_is():
+def test_khat_is_undefined_for_equal_or_few_weights():
     assert pareto_khat(torch.zeros(100).double()).isnan()
     assert pareto_khat(torch.randn(12, generator=torch.Generator().manual_seed(0))).isnan()
     assert pareto_khat(torch.zeros(1).double()).isnan()

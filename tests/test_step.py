@@ -97,7 +97,7 @@ def fresh_state(params):
 PLAIN = dict(lr=0.02, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 
 
-def test_the_first_step():
+def test_the_first_step_is_torchs():
     params, grads = tree(0), tree(1)
     step = fp.adamw(grads, params, fresh_state(params), **PLAIN)
     after, _ = reference.optimizer_step(
@@ -143,7 +143,7 @@ def test_clipping_uses_the_norm_over_all_gradients():
 
 
 @pytest.mark.parametrize("none", [None, 0, 0.0])
-def test_no_clipping_is_none_or_zero(none):
+def test_none_or_zero_clips_nothing(none):
     params, grads = tree(0), tree(1)
     for step in (
         fp.adamw(grads, params, fresh_state(params), **PLAIN, max_grad_norm=none),
@@ -248,7 +248,7 @@ def test_the_parts_of_a_step_add_up_to_it(optimizer, clip):
     assert silent and all((shares[n][silent] == 0).all() for n in params)
 
 
-def test_adamws_parts_by_hand():
+def test_adamws_parts_are_the_formulas():
     params, grads = tree(0), tree(1)
     mu, nu = tree(2), {n: x * x for n, x in tree(3).items()}
     state = fp.AdamState({n: torch.tensor(3.0) for n in params}, mu, nu)

@@ -121,7 +121,7 @@ def test_one_prompt_has_no_error_and_says_why():
         (0.99, 5, 4.032), (0.5, 4, 0.741), (0.95, 10**6, 1.960),
     ],
 )  # fmt: skip
-def test_students_quantiles(level, df, t):
+def test_students_quantiles_are_the_tabulated_ones(level, df, t):
     assert t_quantile(level, df) == pytest.approx(t, abs=6e-4)
 
 
