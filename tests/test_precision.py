@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+import funcprobe as fp
 from funcprobe.calculus.precision import _read, exact, products
 
 WAIT = 20.0  # seconds after which a test that hangs fails
@@ -190,6 +191,30 @@ def test_who_is_alone_waits_for_others_and_keeps_them_out(scope):
 
     in_threads(first, second)
     assert order == ["first leaves", "second enters", "second leaves", "third enters"]
+
+
+def test_sweeps_in_tf32_take_turns_with_whatever_other_threads_compute():
+    """Inside its own function each thread finds full precision, and the sweeps do not deadlock."""
+    params, rows = {"a": torch.tensor(0.5)}, torch.arange(1.0, 5.0)
+    start, seen = threading.Barrier(4), []
+
+    def fn(params, batch):
+        seen.append(is_exact())
+        return torch.tanh(params["a"] * batch)
+
+    def coarse():
+        start.wait(WAIT)
+        for _ in range(20):
+            fp.sweep(fn, params, params, [0.1], rows, change="increment", matmul="tf32", lanes=1)
+
+    def full():
+        start.wait(WAIT)
+        for _ in range(20):
+            fp.evaluate(fn, params, rows)
+            fp.taylor(fn, params, params, rows)
+
+    in_threads(coarse, full, coarse, full)
+    assert len(seen) == 120 and all(seen)
 
 
 def test_two_threads_that_would_wait_for_each_other_are_told():

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .blocks import Cuttable, RowFn, RowsPerBlock
-from .step import gradient
+from .gradients import gradient
 from .tree import (
     Params,
     Tree,

@@ -79,7 +79,7 @@ def sweep_blocks(
     This is for ragged rows, progress bars and resuming. It takes what `sweep` takes, with blocks of
     rows instead of a batch.
 
-    >>> blocks, order = by_length(batch, tokens=4096)                        # doctest: +SKIP
+    >>> blocks, order = batch.cut(4096)                                      # doctest: +SKIP
     >>> result = join(sweep_blocks(fn, params, v, etas, blocks), order)      # doctest: +SKIP
     """
     options = Options(change, matmul, rules, rows, lanes)
