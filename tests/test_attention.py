@@ -26,22 +26,22 @@ def by_hand(query, key, value, mask, scaling, softcap):
     return out
 
 
-@pytest.mark.parametrize("kind", ["causal", "window", "none"])
+@pytest.mark.parametrize("masked", ["causal", "window", "none"])
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_blocks_of_queries_are_every_query_on_its_own(monkeypatch, kind, softcap, groups):
+def test_blocks_of_queries_are_every_query_on_its_own(monkeypatch, masked, softcap, groups):
     monkeypatch.setitem(attention._QUERIES, "cpu", 2)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(2, heads, 7, 4, generator=generator).double() for heads in (6, groups, groups)
     )
     hidden = torch.ones(7, 7).triu(1).bool()
-    if kind == "window":
+    if masked == "window":
         hidden = hidden | torch.ones(7, 7).tril(-3).bool()
     lowest = torch.finfo(torch.float64).min
     mask = (
         None
-        if kind == "none"
+        if masked == "none"
         else torch.zeros(7, 7).double().masked_fill(hidden, lowest)[None, None]
     )
     ours, _ = attention.attend(None, query, key, value, mask, 0.7, softcap=softcap)
@@ -71,9 +71,11 @@ def test_models_attend_as_by_their_own_function(monkeypatch, family):
     with torch.no_grad():
         causal = module.get_base_model()
         decoder = getattr(causal, causal.base_model_prefix)
-        own = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        own = torch.take_along_dim(own, batch.position.unsqueeze(-1), 1)
-        torch.testing.assert_close(model.hidden(params, base, batch), own, rtol=1e-5, atol=1e-5)
+        expected = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        expected = torch.take_along_dim(expected, batch.position.unsqueeze(-1), 1)
+        torch.testing.assert_close(
+            model.hidden(params, base, batch), expected, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_model_that_attends_in_another_way_keeps_its_own(monkeypatch):
@@ -91,5 +93,9 @@ def test_a_model_that_attends_in_another_way_keeps_its_own(monkeypatch):
         attention.register()
     assert model.skeleton.config._attn_implementation == "eager"
     with torch.no_grad():
-        own = module(input_ids=batch.tokens).logits.take_along_dim(batch.position[..., None], 1)
-        torch.testing.assert_close(fp.logits(model, params, base, batch), own, rtol=1e-5, atol=1e-5)
+        expected = module(input_ids=batch.tokens).logits.take_along_dim(
+            batch.position[..., None], 1
+        )
+        torch.testing.assert_close(
+            fp.logits(model, params, base, batch), expected, rtol=1e-5, atol=1e-5
+        )

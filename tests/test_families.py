@@ -30,7 +30,10 @@ def along(family: str, dtype: torch.dtype):
 
 @cache
 def truth(family: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """By writing a live module in place: the change at 1, two derivatives; each [2, N, R]."""
+    """The change at eta 1 and two derivatives at 0, each [2, N, R].
+
+    They are measured on a live module whose weights are written in place.
+    """
     _, _, v = along(family, torch.float64)
     etas = [1.0, *(k * STEP for k in (-2, -1, 1, 2))]
     module = cases.module64(family)
@@ -43,7 +46,7 @@ def truth(family: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def error(family: str, transform: str, dtype: torch.dtype) -> float:
-    """The relative error of a transform."""
+    """The relative error of what a transform gives, against `truth`."""
     score, params, v = along(family, dtype)
     batch = cases.batch()
     end, first, second = truth(family)

@@ -93,26 +93,6 @@ def test_what_cannot_be_split_is_refused(spoil, message):
         fp.split(module)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_dora_is_refused_because_its_derivative_is_not_that_of_its_values():
-    module = cases.live(use_dora=True)
-    with pytest.raises(ValueError, match="split: .*DoRA.*plain LoRA"):
-        fp.split(module)
-
-
-def test_dora_is_refused_in_any_precision():
-    with pytest.raises(ValueError, match="DoRA"):
-        fp.split(cases.live(use_dora=True), dtype=torch.float64)
-    with pytest.raises(ValueError, match="DoRA"):
-        fp.split(cases.live(use_dora=True).to(torch.bfloat16))
-
-
-@pytest.mark.parametrize("family", cases.FAMILIES)
-def test_lora_on_a_bfloat16_base_is_not_refused(family):
-    _, params, _ = fp.split(cases.live(family).to(torch.bfloat16))
-    assert set(params) == set(cases.case(family, None).params)
-
-
 def test_a_model_without_a_language_model_head_is_refused():
     module = cases.live(adapter=False).model
     with pytest.raises(ValueError, match="split: .*decoder-only causal language model"):

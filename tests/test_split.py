@@ -29,7 +29,7 @@ def reference_logits(module, batch):
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_hidden_states_are_bit_identical_to_the_modules_own(family):
-    """With the attention that the skeleton has."""
+    """The module is given the attention that the skeleton has."""
     attention.register()
     module = cases.live(family, attention=attention.NAME)
     model, params, base = fp.split(module)
@@ -37,18 +37,18 @@ def test_hidden_states_are_bit_identical_to_the_modules_own(family):
     with torch.no_grad():
         causal = module.get_base_model()
         decoder = getattr(causal, causal.base_model_prefix)
-        own = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
-        own = torch.take_along_dim(own, batch.position.unsqueeze(-1), 1)
-        assert torch.equal(model.hidden(params, base, batch), own)
+        expected = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
+        expected = torch.take_along_dim(expected, batch.position.unsqueeze(-1), 1)
+        assert torch.equal(model.hidden(params, base, batch), expected)
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_logits_are_the_modules_own(family):
     module, batch = cases.live(family), cases.batch()
     with torch.no_grad():
-        own = reference_logits(module, batch)
+        expected = reference_logits(module, batch)
         ours = fp.logits(*fp.split(module), batch)
-    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
     assert ours.shape == (*batch.response.shape, cases.VOCABULARY)
 
 
@@ -60,9 +60,9 @@ def test_float64_logits_are_those_of_unpadded_rows_in_true_float64(family):
         with reference.float64(cases.module64(family)) as module:
             for i, t in enumerate(batch.response.sum(1).tolist()):
                 if t:
-                    own, _ = reference.row_logits(module, batch, i)
-                    assert own.dtype == ours.dtype == torch.float64
-                    torch.testing.assert_close(ours[i, :t], own, rtol=1e-12, atol=1e-12)
+                    expected, _ = reference.row_logits(module, batch, i)
+                    assert expected.dtype == ours.dtype == torch.float64
+                    torch.testing.assert_close(ours[i, :t], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_the_usual_attention_and_the_padding_mask_change_nothing_but_rounding():
@@ -70,10 +70,10 @@ def test_the_usual_attention_and_the_padding_mask_change_nothing_but_rounding():
     module = cases.live(attention="sdpa")
     with torch.no_grad():
         out = module(input_ids=batch.tokens, attention_mask=batch.attention.long()).logits
-        own = torch.take_along_dim(out, batch.position.unsqueeze(-1), 1)
+        expected = torch.take_along_dim(out, batch.position.unsqueeze(-1), 1)
         ours = fp.logits(*fp.split(module), batch)
     where = batch.response
-    torch.testing.assert_close(ours[where], own[where], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours[where], expected[where], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "granite", "cohere"])
@@ -99,9 +99,9 @@ def test_a_module_without_an_adapter_splits_too():
         p.requires_grad_(False)
     batch = cases.batch()
     with torch.no_grad():
-        own = reference_logits(module, batch)
+        expected = reference_logits(module, batch)
         model, params, base = fp.split(module)
-        torch.testing.assert_close(fp.logits(model, params, base, batch), own)
+        torch.testing.assert_close(fp.logits(model, params, base, batch), expected)
     assert not any("layers.0." in name for name in params)
     assert all("layers.0." in name or "inv_freq" in name for name in base)
 
@@ -126,18 +126,18 @@ def test_tied_weights_move_together():
     v = {n: torch.zeros_like(p) for n, p in params.items()}
     v[name] = torch.randn(v[name].shape, generator=torch.Generator().manual_seed(1)).double()
     batch = cases.batch()
-    there = fp.logits(model, fp.shift(params, v, 0.1), base, batch)
+    moved = fp.logits(model, fp.shift(params, v, 0.1), base, batch)
     live = module.double()
     with torch.no_grad(), reference.float64(live), reference.moved(live, v, 0.1):
-        own = reference_logits(live, batch)
-    torch.testing.assert_close(there, own, rtol=1e-12, atol=1e-12)
+        expected = reference_logits(live, batch)
+    torch.testing.assert_close(moved, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_tensors_are_the_modules_own_detached():
     case = cases.case("llama", None)
-    own = dict(case.module.named_parameters()) | dict(case.module.named_buffers())
+    expected = dict(case.module.named_parameters()) | dict(case.module.named_buffers())
     for name, tensor in (case.params | case.base).items():
-        assert tensor.data_ptr() == own[name].data_ptr()
+        assert tensor.data_ptr() == expected[name].data_ptr()
         assert not tensor.requires_grad
 
 
@@ -324,10 +324,10 @@ def test_the_model_holds_no_weight(family):
     module = cases.live(family)
     module.enable_input_require_grads()
     model, _, _ = fp.split(module)
-    own = {id(x) for x in [*module.modules(), *module.parameters(), *module.buffers()]}
+    expected = {id(x) for x in [*module.modules(), *module.parameters(), *module.buffers()]}
     tensors = 0
     for thing in reachable(model):
-        assert id(thing) not in own, type(thing)
+        assert id(thing) not in expected, type(thing)
         if isinstance(thing, torch.Tensor):
             assert thing.is_meta or thing.numel() <= 1, thing.shape
             tensors += 1
@@ -362,10 +362,10 @@ def test_scaling_changes_no_bit(alpha):
     model, params, base = fp.split(module)
     batch = cases.batch()
     with torch.no_grad():
-        own = module(input_ids=batch.tokens, use_cache=False).logits
-        own = torch.take_along_dim(own, batch.position.unsqueeze(-1), 1)
+        expected = module(input_ids=batch.tokens, use_cache=False).logits
+        expected = torch.take_along_dim(expected, batch.position.unsqueeze(-1), 1)
         ours = fp.logits(model, params, base, batch)
-    torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
     decoder = module.get_base_model().model
     with torch.no_grad():
         states = decoder(input_ids=batch.tokens, use_cache=False).last_hidden_state
@@ -385,10 +385,10 @@ def test_assemble_is_the_inverse_and_shares_storage():
     module = cases.live("llama_tied", attention="sdpa")
     model, params, base = fp.split(module)
     back = fp.assemble(model, params, base)
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    expected = dict(module.named_parameters()) | dict(module.named_buffers())
     new = dict(back.named_parameters()) | dict(back.named_buffers())
-    assert new.keys() == own.keys()
-    assert all(new[n].data_ptr() == own[n].data_ptr() for n in own)
+    assert new.keys() == expected.keys()
+    assert all(new[n].data_ptr() == expected[n].data_ptr() for n in expected)
     assert {n for n, p in back.named_parameters() if p.requires_grad} == set(params)
     assert back.config._attn_implementation == "sdpa"
     assert not back.training and back is not module
@@ -408,11 +408,11 @@ def test_an_assembled_module_generates_at_any_params(family):
         attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=63
     )
     here = fp.assemble(model, params, base).generate(prompt, **options)
-    there = fp.assemble(model, fp.shift(params, v, 0.5), base).generate(prompt, **options)
+    moved = fp.assemble(model, fp.shift(params, v, 0.5), base).generate(prompt, **options)
     assert torch.equal(here, module.generate(prompt, **options))
     with reference.moved(module, v, 0.5):
-        assert torch.equal(there, module.generate(prompt, **options))
-    assert not torch.equal(here, there)
+        assert torch.equal(moved, module.generate(prompt, **options))
+    assert not torch.equal(here, moved)
 
 
 def test_assembling_leaves_the_model_usable():

@@ -27,7 +27,7 @@ class Halves(NamedTuple):
     head: nn.Module  # what the module does to the decoder's output: its head and its scalings
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Forward:
     """Body and head of a module that holds no weight: every call is given all tensors.
 
@@ -37,7 +37,7 @@ class Forward:
     them out again, so two calls in the same module would read each other's. The skeleton itself is
     therefore never run: a call borrows a copy that no other call is using, and makes one if there
     is none. There are as many copies as there were calls at once, one for each thread. They are
-    neither pickled nor copied.
+    neither pickled nor deep-copied.
     """
 
     skeleton: nn.Module  # the whole unwrapped module, on meta, in eval mode, without hooks
@@ -45,7 +45,7 @@ class Forward:
     names: frozenset[str]  # of params and base together
     aliases: dict[str, str]  # a tied tensor's other name in the module -> its name
     head_tensors: dict[str, str]  # a tensor's name in the head -> its name in params or base
-    _idle: deque[Halves] = field(default_factory=deque, init=False, repr=False)
+    _idle: deque[Halves] = field(default_factory=deque, init=False)
 
     def states(self, params: Params, base: Params, layout: Layout) -> Tensor:
         """The final hidden states at the T places that a layout reads, [T, D].

@@ -92,16 +92,16 @@ class Model:
         adapters = getattr(module, "peft_config", {}).values()
         names = sorted({str(getattr(a.peft_type, "value", a.peft_type)) for a in adapters})
         frozen = len(self.forward.names) - self.trainable
-        attention = repr(getattr(module.config, "_attn_implementation", None))
-        if repr(self.implementation) != attention:
-            attention += f" for {self.implementation!r}"
+        attends = repr(getattr(module.config, "_attn_implementation", None))
+        if repr(self.implementation) != attends:
+            attends += f" for {self.implementation!r}"
         rows = "rows of any length" if self.shares == sys.maxsize else f"rows up to {self.shares}"
         return (
             f"Model({type(causal_model(module)).__name__}, adapter {' and '.join(names) or None},\n"
             f"      {self.trainable} tensors of params and {frozen} of base, "
             f"vocabulary {self.vocabulary},\n"
             f"      {'float64 throughout' if self.float64 else 'in the precision of its tensors'}, "
-            f"attention {attention},\n"
+            f"attention {attends},\n"
             f"      prompts shared in {rows if self.shares else 'no rows'})"
         )
 
