@@ -134,9 +134,10 @@ def test_jvp_is_the_derivative_and_composes_with_vmap(family, name):
                 x, torch.stack([leaves(out[order])[i] for out in loop]), rtol=1e-10, atol=1e-11
             )
     for i, x in enumerate(leaves(loop[0][1])):
-        there = [leaves(fn(fp.shift(points[0], tangents[0], h), batch))[i] for h in (1e-6, -1e-6)]
-        own = (there[0] - there[1]) / 2e-6
-        torch.testing.assert_close(x, own, rtol=1e-5, atol=1e-6 * float(own.abs().max()))
+        beside = [fp.shift(points[0], tangents[0], h) for h in (1e-6, -1e-6)]
+        ahead, behind = (leaves(fn(point, batch))[i] for point in beside)
+        slope = (ahead - behind) / 2e-6
+        torch.testing.assert_close(x, slope, rtol=1e-5, atol=1e-6 * float(slope.abs().max()))
     assert_unchanged(before)
 
 
@@ -146,13 +147,13 @@ def test_grad_is_backwards_and_composes_with_vmap(family, name):
     before = unchanged(params, batch)
     loop = [grad(total(fn))(p, batch) for p in points]
     stacked = vmap(grad(total(fn)), in_dims=(0, None))(fp.stack(points), batch)
-    own = {n: p.clone().requires_grad_() for n, p in points[0].items()}
-    total(fn)(own, batch).backward()
-    scale = max(float(p.grad.abs().max()) for p in own.values())
+    live = {n: p.clone().requires_grad_() for n, p in points[0].items()}
+    total(fn)(live, batch).backward()
+    scale = max(float(p.grad.abs().max()) for p in live.values())
     for n in params:
         near = dict(rtol=1e-9, atol=1e-12 * max(scale, 1.0))
         torch.testing.assert_close(stacked[n], torch.stack([g[n] for g in loop]), **near)
-        torch.testing.assert_close(loop[0][n], own[n].grad, **near)
+        torch.testing.assert_close(loop[0][n], live[n].grad, **near)
     tangent = cases.direction(params, seed=30)
     _, slope = jvp(lambda q: total(fn)(q, batch), (points[0],), (tangent,))
     torch.testing.assert_close(slope, fp.dot(loop[0], tangent), rtol=1e-9, atol=1e-9)
@@ -170,11 +171,11 @@ def test_the_verbs_agree_with_the_transforms(family, name):
     assert_trees(value, plain)
     swept = fp.sweep(fn, params, v, [0.0, 1e-3], batch, lanes=2, rows=3)
     assert_trees(swept.base, plain)
-    for x, there, here in zip(
+    for x, moved, still in zip(
         leaves(swept.change), leaves(fn(fp.shift(params, v, 1e-3), batch)), leaves(plain),
         strict=True,
     ):  # fmt: skip
-        torch.testing.assert_close(x[1], there - here, **TIGHT)
+        torch.testing.assert_close(x[1], moved - still, **TIGHT)
     grads = fp.gradient(fn, params, batch, rows=3)
     rows = fp.row_gradients(fn, params, batch, rows=3)
     for n, g in grads.items():

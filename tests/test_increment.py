@@ -71,7 +71,7 @@ ELEMENTWISE = {
 @pytest.mark.parametrize("name", ELEMENTWISE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_elementwise_rules_at_every_size_and_sign(name, dtype):
-    op, exact, defined, kind = ELEMENTWISE[name]
+    op, exact, defined, floor = ELEMENTWISE[name]
     x, d = (
         t.flatten() for t in torch.meshgrid(*[torch.tensor(SIZES, dtype=dtype)] * 2, indexing="ij")
     )
@@ -83,11 +83,11 @@ def test_elementwise_rules_at_every_size_and_sign(name, dtype):
         a, b = mpmath.mpf(a), mpmath.mpf(b)
         want = exact(a + b) - exact(a)
         size = abs(want)
-        if kind == "gate":  # d f(x + d) / (x + d) and x times the gate's change
+        if floor == "gate":  # d f(x + d) / (x + d) and x times the gate's change
             size = abs(b * gate(exact, a + b)) + abs(a * (gate(exact, a + b) - gate(exact, a)))
-        elif kind == "square":
+        elif floor == "square":
             size = abs(b) * (abs(a) + abs(b)) ** (1 if name == "square" else 2)
-        elif kind == "cos":
+        elif floor == "cos":
             size = 2 * abs(mpmath.sin(b / 2))
         assert abs(c - want) <= rounding * size + 4 * least, (float(a), float(b), c, float(want))
 
@@ -252,8 +252,8 @@ def test_operations_without_a_rule_are_subtracted_and_named():
     def rule(op, a):
         return op(a.x), a.d * 2 / math.sqrt(math.pi) * torch.exp(-((a.x + a.d / 2) ** 2))
 
-    own = RULES | {torch.special.erf: rule}
-    inc = increment(fn, {"x": x}, {"x": d * 1e-9}, rules=own)
+    rules = RULES | {torch.special.erf: rule}
+    inc = increment(fn, {"x": x}, {"x": d * 1e-9}, rules=rules)
     _, out = inc(batch)
     slope = 2 / math.sqrt(math.pi) * torch.exp(-x * x) * d * 1e-9
     assert not inc.fallbacks and torch.allclose(out, slope, rtol=1e-9, atol=0)
@@ -282,30 +282,30 @@ def test_nothing_is_changed():
 def bundled_sweeps(checkpoint, update, evaluation):
     """Float32 and float64, increments and differences, at learning rates of every size."""
     narrow = fp.load_checkpoint(checkpoint.path, dtype=torch.float32)
-    some = evaluation.rows(slice(0, 96))
+    batch = evaluation.rows(slice(0, 96))
     etas = torch.logspace(-12, -3, 10, dtype=torch.float64)
     v = cases.direction(checkpoint.params)
     out = {}
     for name, ckpt in (("float64", checkpoint), ("float32", narrow)):
         score = fp.scorer(ckpt.model, ckpt.base)
         same = {n: d.to(ckpt.params[n].dtype) for n, d in v.items()}
-        for kind in ("increment", "direct"):
-            out[name, kind] = fp.sweep(score, ckpt.params, same, etas, some, change=kind)
-    terms = fp.taylor(fp.scorer(checkpoint.model, checkpoint.base), checkpoint.params, v, some)
-    return etas, some, out, terms
+        for mode in ("increment", "direct"):
+            out[name, mode] = fp.sweep(score, ckpt.params, same, etas, batch, change=mode)
+    terms = fp.taylor(fp.scorer(checkpoint.model, checkpoint.base), checkpoint.params, v, batch)
+    return etas, batch, out, terms
 
 
 @pytest.mark.parametrize("per", ["token", "sequence"])
 def test_right_at_any_learning_rate(bundled_sweeps, per):
-    etas, some, sweeps, terms = bundled_sweeps
-    change = {key: fp.entropy_change(s, some, per=per).value for key, s in sweeps.items()}
+    etas, batch, sweeps, terms = bundled_sweeps
+    change = {key: fp.entropy_change(s, batch, per=per).value for key, s in sweeps.items()}
     exact = change["float64", "increment"]
     large = etas >= 1e-7
     assert torch.allclose(exact[large], change["float64", "direct"][large], rtol=1e-7, atol=0)
     assert torch.allclose(change["float32", "increment"], exact, rtol=1e-3, atol=0)
     rough = (change["float32", "direct"] / exact - 1).abs()
     assert (rough[etas < 1e-6] > 0.05).all()
-    slope = fp.entropy_series(terms, some, per=per).value[0]
+    slope = fp.entropy_series(terms, batch, per=per).value[0]
     assert abs(float(exact[0] / etas[0] / slope) - 1) < 1e-6
     assert abs(float(change["float32", "increment"][0] / etas[0] / slope) - 1) < 1e-3
 
@@ -445,3 +445,11 @@ def test_carriers_and_the_transformed_function_print_shapes():
     inc(torch.ones(2, 3))
     assert shown == ["Increment(shape=[2, 3], dtype=torch.float64, parts=2, zero parts=0)"]
     assert repr(inc) == "Incremented(fn, 1 tensors, matmul='tf32', fallbacks={'special_erf': 1})"
+
+
+def test_a_transform_within_the_function_is_refused():
+    def fn(params, _):
+        return torch.func.vmap(torch.sin)(params["x"])
+
+    with pytest.raises(ValueError, match="increment: .* bypassed the rules"):
+        increment(fn, {"x": torch.ones(2)}, {"x": torch.ones(2)})(None)
