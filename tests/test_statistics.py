@@ -352,6 +352,21 @@ def test_statistics_change_nothing_they_are_given():
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+def test_real_results_refuse_another_batch_and_blocks_joined_without_their_order():
+    case, batch = cases.case(), cases.batch(rows=cases.FULL)
+    score, v = fp.scorer(case.model, case.base), cases.direction(case.params)
+    blocks, order = fp.by_length(batch, tokens=8)
+    swept_blocks = [fp.sweep(score, case.params, v, [0.1], block) for block in blocks]
+    derived_blocks = [fp.taylor(score, case.params, v, block) for block in blocks]
+    other = batch._replace(tokens=batch.tokens + 1)
+    for function, parts in ((fp.entropy_change, swept_blocks), (fp.entropy_series, derived_blocks)):
+        assert function(fp.join(parts, order), batch).value.isfinite().all()
+        with pytest.raises(ValueError, match="7 of 7 differ"):
+            function(fp.join(parts, order), other)
+        with pytest.raises(ValueError, match=r"of 7 differ.* give join\(\) the order"):
+            function(fp.join(parts), batch)
+
+
 def test_a_real_sweep_goes_through():
     case = cases.case()
     batch = cases.batch()
