@@ -101,7 +101,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
         if len(token_ids) == len(prompt):
             return token_ids
     if tokenizer is None:
-        raise ValueError("a prompt given as text needs a tokenizer.")
+        raise ValueError("a prompt given as text needs a tokenizer. Pass one, or give token ids.")
     if isinstance(prompt, str):
         return list(tokenizer(prompt).input_ids)
     messages: Any = prompt
@@ -156,7 +156,9 @@ def _prompt(path: str | Path, row: int, record: Record, tokenizer: Tokenizer) ->
     if ids is not None:
         return _ids(path, row, "prompt_ids", ids)
     if prompt is None:
-        raise ValueError(f"read_batch: {path}, row {row} has neither prompt_ids nor prompt.")
+        raise ValueError(
+            f"read_batch: {path}, row {row} has neither prompt_ids nor prompt. Write one of them."
+        )
     try:
         return encode_prompt(prompt, tokenizer)
     except (ValueError, TypeError) as error:
@@ -169,7 +171,8 @@ def _completion(path: str | Path, row: int, record: Record, tokenizer: Tokenizer
         return _ids(path, row, "completion_ids", ids)
     if record.get("completion") is None or tokenizer is None:
         raise ValueError(
-            f"read_batch: {path}, row {row} needs completion_ids, or completion and a tokenizer."
+            f"read_batch: {path}, row {row} needs completion_ids, or completion and a tokenizer. "
+            "Write the ids, or pass the tokenizer."
         )
     ids = tokenizer(record["completion"], add_special_tokens=False).input_ids
     return list(ids) + ([] if record.get("truncated") else [tokenizer.eos_token_id])
