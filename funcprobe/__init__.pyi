@@ -1,4 +1,4 @@
-"""The public names of funcprobe, as type checkers read them; `__init__.py` imports them lazily."""
+"""The public names of funcprobe for type checkers; `__init__.py` imports them on first use."""
 
 from . import (
     calculus as calculus,
@@ -10,18 +10,12 @@ from . import (
     training as training,
 )
 from .calculus.blocks import RowFn as RowFn, evaluate as evaluate
-from .calculus.gradients import (
-    gradient as gradient,
-    row_gradients as row_gradients,
-)
+from .calculus.changes import changes as changes
+from .calculus.gradients import gradient as gradient, row_gradients as row_gradients
+from .calculus.influence import pullback as pullback
 from .calculus.interpolation import EVALUATED as EVALUATED, INTERPOLATED as INTERPOLATED, LAW as LAW
-from .calculus.line import (
-    Sweep as Sweep,
-    changes as changes,
-    join as join,
-    sweep as sweep,
-    sweep_blocks as sweep_blocks,
-)
+from .calculus.line import sweep as sweep, sweep_blocks as sweep_blocks
+from .calculus.results import Sweep as Sweep, join as join
 from .calculus.step import (
     AdamState as AdamState,
     Affine as Affine,
@@ -37,6 +31,7 @@ from .calculus.transforms.increment import (
     increment as increment,
 )
 from .calculus.tree import (
+    Terms as Terms,
     add_scaled as add_scaled,
     dot as dot,
     norm as norm,
@@ -51,12 +46,8 @@ from .language.model.split import (
     logits as logits,
     split as split,
 )
-from .language.objectives import (
-    RECIPES as RECIPES,
-    Recipe as Recipe,
-    objective as objective,
-    prepare as prepare,
-)
+from .language.objectives import objective as objective, prepare as prepare
+from .language.recipes import RECIPES as RECIPES, Recipe as Recipe
 from .language.score import (
     Readings as Readings,
     Sampling as Sampling,
@@ -65,6 +56,7 @@ from .language.score import (
     with_value as with_value,
 )
 from .rollouts.ground_truth import GroundTruth as GroundTruth, ground_truth as ground_truth
+from .rollouts.policy import Policy as Policy
 from .rollouts.records import read_batch as read_batch, write_batch as write_batch
 from .rollouts.sample import rollout as rollout
 from .runtime.distributed import sharded as sharded
@@ -75,6 +67,7 @@ from .statistics.change import (
     entropy_covector as entropy_covector,
     entropy_series as entropy_series,
 )
+from .statistics.estimators import Estimator as Estimator
 from .statistics.linearity import (
     Linearity as Linearity,
     Ratio as Ratio,
@@ -93,12 +86,13 @@ from .statistics.resampling import (
     bootstrap as bootstrap,
     jackknife as jackknife,
 )
-from .statistics.results import Estimate as Estimate, Series as Series
+from .statistics.results import Diagnostics as Diagnostics, Estimate as Estimate, Series as Series
 from .statistics.rounding import Rounding as Rounding, rounding as rounding
 from .statistics.uncertainty import band as band
 from .statistics.weights import pareto_khat as pareto_khat, pareto_smooth as pareto_smooth
+from .study.plots import plot as plot, plot_ratio as plot_ratio
 from .study.probe import probe as probe
-from .study.report import Report as Report, plot as plot, plot_ratio as plot_ratio
+from .study.report import Report as Report
 from .training.checkpoint import Checkpoint as Checkpoint, load_checkpoint as load_checkpoint
 
 __version__: str

@@ -9,16 +9,18 @@ import os
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from . import __version__
 from .language.recipes import RECIPES
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from .training.checkpoint import Checkpoint
 
 BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
 
@@ -37,8 +39,8 @@ where it was cut short. `torchrun --nproc-per-node N -m funcprobe probe ...` sha
 """
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
-    """A field of `ProbeArguments` with the text of its flag's help."""
+def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of `ProbeArguments`, with the text of its flag's help."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
@@ -60,35 +62,35 @@ class ProbeArguments:
         "evenly.",
     )
     recipe: str = _option("dr_grpo", "The objective of the update.", tuple(RECIPES))
-    weights: str = _option(
-        "sequence",
-        "Importance weights: plain SNIS, or by prefix, position-normalised or raw.",
-        ("sequence", "prefix", "prefix_raw"),
+    weights: Literal["sequence", "prefix", "prefix_raw"] = _option(
+        "sequence", "Importance weights: plain SNIS, or by prefix, position-normalised or raw."
     )
-    per: str = _option("token", "Entropy per token or per sequence.", ("token", "sequence"))
+    per: Literal["token", "sequence"] = _option("token", "Entropy per token or per sequence.")
     off_policy: bool = _option(
         False, "E's lines hold the log-probabilities it was sampled with: weigh by them."
     )
     max_length: int | None = _option(
         None, "dr_grpo's divisor in tokens; U's longest response if not given."
     )
-    dtype: str = _option("float32", "Precision of the model.", ("float32", "float64"))
-    change: str = _option(
-        "increment", "Exact increments, or differences of values.", ("increment", "direct")
+    dtype: Literal["float32", "float64"] = _option("float32", "Precision of the model.")
+    change: Literal["increment", "direct"] = _option(
+        "increment", "Exact increments, or differences of values."
     )
     nodes: str | None = _option(None, "auto, or a degree: interpolate from a few evaluations.")
     tol: float = _option(1e-6, "The error that auto allows, over the largest change per eta.")
-    matmul: str = _option(
-        "full", "Precision of the increments' matrix products.", ("full", "tf32", "bfloat16")
+    matmul: Literal["full", "tf32", "bfloat16"] = _option(
+        "full", "Precision of the increments' matrix products."
     )
     device: str | None = _option(None, "cpu, cuda, ...; cuda where there is one if not given.")
-    optimizer: str = _option("saved", "The saved state, or a fresh one.", ("saved", "fresh"))
+    optimizer: Literal["saved", "fresh"] = _option("saved", "The saved state, or a fresh one.")
     lr: float | None = _option(None, "Overrides the saved learning rate.")
     max_grad_norm: float = _option(
         1.0, "Gradient clipping, which checkpoints do not save; 0 is off."
     )
     tokens: int | None = _option(None, "Positions computed at once; bounds memory.")
     output: str = _option("probe", "Folder for report.json and the rest.")
+    format: str = _option("png", "Formats of the figure: png, pdf, svg, separated by commas.")
+    save_direction: bool = _option(False, "Keep v in report.safetensors, under keys v.NAME.")
     quiet: bool = _option(False, "Print neither bars nor the table: write files, report errors.")
 
 
@@ -191,7 +193,7 @@ def _boolean(text: str) -> bool:
     raise ArgumentTypeError(f"true or false was expected, not {text!r}")
 
 
-_TYPES: dict[Any, Any] = {
+_READERS: dict[Any, Any] = {
     str: str,
     str | None: str,
     int | None: int,
@@ -201,21 +203,32 @@ _TYPES: dict[Any, Any] = {
 }
 
 
+def _choices() -> dict[str, tuple[str, ...]]:
+    """What each option may be; nothing where it may be anything of its type."""
+    return {
+        option.name: get_args(option.type)
+        if get_origin(option.type) is Literal
+        else option.metadata["choices"]
+        for option in fields(ProbeArguments)
+    }
+
+
 def _parser() -> _Parser:
     """A flag for each field of `ProbeArguments`, spelt with underscores or with hyphens."""
     parser = _Parser(prog="funcprobe probe")
+    choices = _choices()
     for option in fields(ProbeArguments):
-        spellings = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('_', '-')}"])
         default = "" if option.default in (None, False) else " (default: %(default)s)"
-        switch = {"nargs": "?", "const": True} if option.type is bool else {}
-        parser.add_argument(
-            *spellings,
-            type=_TYPES[option.type],
-            default=option.default,
-            help=option.metadata["help"] + default,
-            choices=option.metadata["choices"],
-            **switch,
-        )
+        keywords: dict[str, Any] = {
+            "type": _READERS.get(option.type, str),
+            "default": option.default,
+            "help": option.metadata["help"] + default,
+            "choices": choices[option.name] or None,
+        }
+        if option.type is bool:
+            keywords |= {"nargs": "?", "const": True}
+        spellings = dict.fromkeys([f"--{option.name}", f"--{option.name.replace('_', '-')}"])
+        parser.add_argument(*spellings, **keywords)
     parser.add_argument("--config", help="A YAML file of these options; flags override it.")
     return parser
 
@@ -245,39 +258,78 @@ def _read_config(path: str) -> dict[str, str]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: a mapping of options was expected.")
-    options = {option.name: option.metadata["choices"] for option in fields(ProbeArguments)}
-    unknown = sorted(set(settings) - set(options))
+    choices = _choices()
+    unknown = sorted(set(settings) - set(choices))
     if unknown:
-        raise ValueError(f"{path}: unknown options {unknown}; there are {list(options)}.")
-    if isinstance(settings.get("etas"), list):
-        settings["etas"] = ",".join(map(str, settings["etas"]))
+        raise ValueError(f"{path}: unknown options {unknown}; there are {list(choices)}.")
+    for name in ("etas", "format"):
+        if isinstance(settings.get(name), list):
+            settings[name] = ",".join(map(str, settings[name]))
     settings = {name: value for name, value in settings.items() if value not in _UNSET}
     for name, value in settings.items():
-        if not isinstance(value, str):
-            raise ValueError(f"{path}: {name} must be one value, not {value}.")
-        if options[name] and value not in options[name]:
-            raise ValueError(f"{path}: {name} must be one of {', '.join(options[name])}.")
+        _check_setting(path, name, value, choices[name])
     return settings
 
 
-def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", first: bool) -> None:
-    """Loads the inputs, probes, writes the report and, on the first rank, prints it."""
-    import torch
-    import transformers
+def _check_setting(path: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{path}: {name} must be one value, not {value}.")
+    if choices and value not in choices:
+        raise ValueError(f"{path}: {name} must be one of {', '.join(choices)}, not {value}.")
 
-    from .rollouts.records import read_batch, read_sampling
+
+def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", first: bool) -> None:
+    """Probes, writes the report and, on the first rank, prints it."""
     from .runtime.distributed import agree
     from .runtime.resume import discard
+    from .study.plots import check_formats
     from .study.probe import probe
-    from .training.checkpoint import load_checkpoint
 
     path, update, evaluation = _inputs(options)
-    if options.quiet or not first:
-        transformers.utils.logging.disable_progress_bar()
-    max_length = options.max_length
+    formats = tuple(word.strip() for word in options.format.split(",") if word.strip())
+    check_formats(formats)
+    parse_etas(options.etas, 1.0)
+    max_length, nodes = options.max_length, options.nodes
     if options.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
-    parse_etas(options.etas, 1.0)
+    finished = Path(options.output) / "blocks"
+    report = probe(
+        _load(path, options, device, bars=first and not options.quiet),
+        update,
+        evaluation,
+        lambda lr: parse_etas(options.etas, lr),
+        recipe=options.recipe,
+        weights=options.weights,
+        per=options.per,
+        off_policy=options.off_policy,
+        change=options.change,
+        nodes=int(nodes) if nodes is not None and nodes.isdecimal() else nodes,
+        tol=options.tol,
+        matmul=None if options.matmul == "full" else options.matmul,
+        max_length=max_length,
+        tokens=options.tokens,
+        resume=finished,
+        group=group,
+        progress=not options.quiet,
+    )
+    if report is not None:
+        written = report.save(options.output, formats=formats, direction=options.save_direction)
+        if not options.quiet:
+            print(report)
+            print("wrote " + ", ".join(map(str, written)))
+    agree("end", "reached", group)
+    discard(finished)
+
+
+def _load(path: Path, options: ProbeArguments, device: str, *, bars: bool) -> "Checkpoint":
+    """The checkpoint, as the options say; a small model computes on one thread from here on."""
+    import torch
+    from transformers.utils import logging
+
+    from .training.checkpoint import load_checkpoint
+
+    if not bars:
+        logging.disable_progress_bar()
     checkpoint = load_checkpoint(
         path,
         base_model=options.base_model,
@@ -289,36 +341,7 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
     )
     if sum(t.numel() for t in (checkpoint.base | checkpoint.params).values()) < _SMALL:
         torch.set_num_threads(1)
-    sampling = read_sampling(evaluation)
-    if sampling is not None:
-        checkpoint = replace(checkpoint, sampling=sampling)
-    finished = Path(options.output) / "blocks"
-    report = probe(
-        checkpoint,
-        read_batch(update, checkpoint.tokenizer),
-        read_batch(evaluation, checkpoint.tokenizer),
-        lambda lr: parse_etas(options.etas, lr),
-        recipe=options.recipe,
-        weights=options.weights,
-        per=options.per,
-        off_policy=options.off_policy,
-        change=options.change,
-        nodes=int(options.nodes) if str(options.nodes).isdecimal() else options.nodes,
-        tol=options.tol,
-        matmul=None if options.matmul == "full" else options.matmul,
-        max_length=max_length,
-        tokens=options.tokens,
-        resume=finished,
-        group=group,
-        progress=not options.quiet,
-    )
-    if report is not None:
-        written = report.save(options.output)
-        if not options.quiet:
-            print(report)
-            print("wrote " + ", ".join(map(str, written)))
-    agree("end", "reached", group)
-    discard(finished)
+    return checkpoint
 
 
 def _inputs(options: ProbeArguments) -> tuple[Path, Path, Path]:

@@ -44,3 +44,15 @@ def stepped(checkpoint, update):
     grads = fp.gradient(fp.objective(score, "dr_grpo"), checkpoint.params, prepared)
     step = fp.adamw(grads, checkpoint.params, checkpoint.state, **checkpoint.adamw)
     return step, fp.direction(step, grads)
+
+
+@pytest.fixture(scope="session")
+def small(update, evaluation):
+    """A few prompts of the bundled U and E."""
+    return update.rows(update.group < 6), evaluation.rows(evaluation.group < 16)
+
+
+@pytest.fixture(scope="session")
+def report(checkpoint, small):
+    """What a probe of the bundled checkpoint's few prompts reports."""
+    return fp.probe(checkpoint, *small)

@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from funcprobe import Batch, cli
+from funcprobe import Batch, cli, read_batch
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
         return to(batch, device)
 
     def watched_probe(checkpoint, update, evaluation, *rest, **options):
-        note("E", rows(evaluation))
+        note("E", rows(read_batch(evaluation)))
         report = probe(checkpoint, update, evaluation, *rest, **options)
         note("report", report is not None)
         return report

@@ -84,6 +84,7 @@ def test_a_config_file_and_flags_that_override_it(tmp_path, inputs):
         ({"update": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"evaluation": None}, "go together"),
         ({"nodes": "2"}, "nodes must be"),
+        ({"format": "gif"}, "png, pdf, svg was expected"),
     ],
 )
 def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, inputs, change, complaint):
@@ -134,6 +135,15 @@ def test_help_and_bad_flags_need_no_torch(words):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_figures_and_the_direction_on_request(tmp_path, inputs):
+    words = flags(inputs | {"etas": "1x", "format": "svg,pdf"})
+    assert run(tmp_path, "probe", *words, "--save_direction").returncode == 0
+    names = sorted(path.name for path in (tmp_path / "probe").iterdir())
+    assert names == ["report.json", "report.pdf", "report.safetensors", "report.svg"]
+    loaded = fp.Report.load(tmp_path / "probe")
+    assert loaded.direction and loaded.to_dict()["etas"][0]["learning_rates"] == 1
 
 
 def test_quiet_prints_nothing_and_writes_the_files(tmp_path, inputs):
@@ -197,7 +207,7 @@ def test_every_option_arrives(inputs, called, capsys):
     assert checkpoint.adamw["lr"] == 0.25
     assert checkpoint.adamw["max_grad_norm"] == 0.5
     assert got["etas"](0.25) == [0.5, 3e-7]
-    assert (len(got["U"].group), len(got["E"].group)) == (32, 64)
+    assert (str(got["U"]), str(got["E"])) == (inputs["update"], inputs["evaluation"])
 
 
 def test_options_left_out_have_their_defaults(inputs, called, capsys):
@@ -212,19 +222,6 @@ def test_options_left_out_have_their_defaults(inputs, called, capsys):
 def test_the_base_model_given_is_the_one_loaded(inputs, capsys):
     assert cli.main(["probe", *flags(inputs | {"base_model": "/no/such/base"})]) == 2
     assert "/no/such/base" in capsys.readouterr().err
-
-
-def test_the_policy_is_the_one_that_sampled_e(tmp_path, inputs, called, capsys):
-    def rewritten(source, name, sampling):
-        lines = [json.loads(line) for line in Path(source).read_text().splitlines()]
-        path = tmp_path / name
-        path.write_text("\n".join(json.dumps(line | {"sampling": sampling}) for line in lines))
-        return str(path)
-
-    own = rewritten(inputs["evaluation"], "e.jsonl", {"temperature": 0.7, "top_p": 0.9})
-    other = rewritten(inputs["update"], "u.jsonl", {"temperature": 1.5})
-    got = called(capsys, inputs | {"evaluation": own, "update": other})
-    assert got["checkpoint"].sampling == fp.Sampling(0.7, 0.9)
 
 
 def test_a_config_is_held_to_the_flags_choices(tmp_path, capsys):

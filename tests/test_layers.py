@@ -96,9 +96,6 @@ def test_no_test_file_imports_another():
 REWRITTEN_NOW = {
     "calculus/transforms/increment.py",
     "language/head/softmax.py",
-    "study/probe.py",
-    "study/report.py",
-    "study/roundoff.py",
 }
 
 

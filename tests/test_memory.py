@@ -134,15 +134,18 @@ def test_on_a_cpu_the_budget_is_the_default():
 
 def test_the_report_holds_the_budget(checkpoint, update, evaluation):
     report = fp.probe(checkpoint, update, evaluation.rows(slice(0, 64)), [0.0, 1e-3], tokens=600)
-    assert report.about["positions of a block"] == {"forward": 600, "reverse": 300, "free": None}
+    assert report.about.block_positions == (600, 300, None)
 
 
 def test_the_report_says_that_memory_ran_out(checkpoint, update, evaluation, monkeypatch):
     probe_module = importlib.import_module("funcprobe.study.probe")
-    own = probe_module.join
+    join = probe_module.join
 
-    def short(sweeps, order=None):
-        return own(sweeps, order)._replace(shrunk=("out of memory at 8 x 4",))
+    def short(parts, order=None):
+        joined = join(parts, order)
+        if isinstance(joined, fp.Sweep):
+            return joined._replace(shrunk=("out of memory at 8 x 4",))
+        return joined
 
     monkeypatch.setattr(probe_module, "join", short)
     report = fp.probe(checkpoint, update, evaluation.rows(slice(0, 64)), [0.0, 1e-3])

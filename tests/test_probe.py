@@ -2,25 +2,15 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import funcprobe as fp
 from funcprobe.runtime.serialize import checksum
-
-
-@pytest.fixture(scope="module")
-def small(update, evaluation):
-    return update.rows(update.group < 6), evaluation.rows(evaluation.group < 16)
-
-
-@pytest.fixture(scope="module")
-def report(checkpoint, small):
-    return fp.probe(checkpoint, *small)
 
 
 def in_place(checkpoint, update, evaluation, multiple: float) -> tuple[float, float]:
@@ -76,7 +66,7 @@ def test_the_probe_is_a_real_step_written_in_place(checkpoint, small, report):
 def test_it_is_the_step_that_the_run_itself_took_next(checkpoint, update, evaluation):
     """The bundled run went on: what it logged at its step 21, on this U, from live modules."""
     result = fp.probe(checkpoint, update, evaluation, [0.0], max_length=24)
-    assert result.about["update"]["gradient norm"] == pytest.approx(0.07113053649663925, rel=1e-5)
+    assert result.about.update.gradient_norm == pytest.approx(0.07113053649663925, rel=1e-5)
     assert result.lr == pytest.approx(1.3333e-3, rel=1e-4)
     score = fp.scorer(checkpoint.model, checkpoint.base)
     entropy = fp.evaluate(score, checkpoint.params, update).entropy
@@ -87,7 +77,7 @@ def test_it_is_the_step_that_the_run_itself_took_next(checkpoint, update, evalua
 
 def test_a_guessed_divisor_is_said(report):
     assert any("pass max_length=" in flag for flag in report.flags)
-    assert report.about["update"]["max length"] == 18
+    assert report.about.update.max_length == 18
 
 
 def test_batches_of_another_tokenizer_or_wider_than_needed(checkpoint, small):
@@ -127,11 +117,10 @@ def test_a_dense_curve_is_what_every_point_gives(checkpoint, small):
     largest = float(every.change.value.abs().max())
     assert float((curve.change.value - every.change.value).abs().max()) < 1e-5 * largest
     assert torch.allclose(curve.change.stderr, every.change.stderr, rtol=1e-4, atol=1e-12)
-    bound = "interpolation's error of a token, nats, at most"
-    assert 0 < curve.about[bound] < 1e-4 and every.about[bound] == 0
+    assert 0 < curve.about.interpolation_bound < 1e-4 and every.about.interpolation_bound == 0
     assert curve.rounding.floor < float(etas[1])
     loose = fp.probe(checkpoint, *small, etas, nodes="auto", tol=0.1)
-    assert 10 * curve.about[bound] < loose.about[bound]
+    assert 10 * curve.about.interpolation_bound < loose.about.interpolation_bound
     with pytest.raises(ValueError, match="probe: tol must be"):
         fp.probe(checkpoint, *small, etas, nodes="auto", tol=-1.0)
 
@@ -155,14 +144,12 @@ def test_nodes_are_refused_before_anything_is_computed(checkpoint, small, tmp_pa
 
 
 def test_the_weights_are_as_before(checkpoint, small, report):
-    weights = report.about["weights"]
-    assert weights["same"] and weights["sha256 before"] == checksum(
-        checkpoint.base | checkpoint.params
-    )
+    weights = report.about.weights
+    assert weights.same and weights.sha256_before == checksum(checkpoint.base | checkpoint.params)
     name = next(iter(checkpoint.params))
     nudged = checkpoint.params | {name: checkpoint.params[name].clone()}
     nudged[name].view(-1)[0] += 1e-12
-    assert checksum(checkpoint.base | nudged) != weights["sha256 before"]
+    assert checksum(checkpoint.base | nudged) != weights.sha256_before
 
 
 def test_entropy_falls_and_the_slope_is_the_small_eta_limit(checkpoint, small, report):
@@ -188,7 +175,7 @@ def test_the_probe_works_per_sequence_and_with_top_p(checkpoint, small):
     tuned = dataclasses.replace(checkpoint, sampling=sampling)
     drawn = fp.rollout(tuned, ["3+4=", "8+8+1="], samples=6, max_new_tokens=24, seed=0)
     result = fp.probe(tuned, small[0], drawn, [0.0, 1e-5], recipe="reinforce", per="sequence")
-    assert result.about["checkpoint"]["sampling"] == {"temperature": 0.8, "top_p": 0.9}
+    assert result.about.checkpoint.sampling == sampling
     assert "nats/sequence" in str(result)
     assert not result.flags
 
@@ -206,7 +193,7 @@ def test_responses_of_another_policy_are_flagged(checkpoint, small):
     assert any("not sampled from this policy" in flag for flag in plain.flags)
     weighed = fp.probe(checkpoint, small[0], hot, [1e-6], off_policy=True)
     assert not any("sampled from this policy" in flag for flag in weighed.flags)
-    assert weighed.change.off_policy and weighed.about["off policy"]
+    assert weighed.change.off_policy and weighed.about.off_policy
     score = fp.scorer(checkpoint.model, checkpoint.base)
     scores = fp.evaluate(score, checkpoint.params, hot)
     w = torch.where(hot.response, scores.logp - hot.old_logp, 0.0).sum(1).exp()
@@ -223,90 +210,39 @@ def test_a_single_prompt_has_no_error_and_says_so(checkpoint, small):
     assert json.loads(json.dumps(result.to_dict()))["etas"][1]["change_stderr"] is None
 
 
-def test_the_report_saves_what_it_shows(report, tmp_path):
-    paths = report.save(tmp_path / "new" / "folder")
-    assert sorted(p.name for p in paths) == ["report.json", "report.png", "report.safetensors"]
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == sorted(
-        p.name for p in paths
-    )
-    data = json.loads(paths[1].read_text())
-    assert data == report.to_dict()
-    assert [row["learning_rates"] for row in data["etas"]] == pytest.approx([0, 0.25, 0.5, 1, 2, 4])
-    assert data["etas"][0]["khat"] is None and data["about"]["weights"]["same"] is True
-    arrays = load_file(paths[0])
-    assert torch.equal(arrays["change.value"], report.change.value)
-    assert arrays["change.logp"].shape == (6, *arrays["response"].shape)
-
-
-def test_the_table_shows_every_eta_and_the_verdict(report):
-    text = str(report)
-    assert len([line for line in text.splitlines() if f"/{report.change.rows}" in line]) == 6
-    assert "The line is within 10%" in text and "nats/token" in text
-    assert max(map(len, text.splitlines()[:9])) <= 115
-
-
-def test_the_report_states_how_far_the_line_holds(report):
-    law = fp.linearity(report.change, report.series)
-    data = report.to_dict()
-    for each, tolerance in zip(data["linearity"], (0.1, 0.25), strict=True):
-        want = fp.linearity(report.change, report.series, tolerance=tolerance)
-        assert each["tolerance"] == tolerance and each["verdict"] == want.verdict
-        assert each["holds"] == want.holds
-        assert each["fails"] == (None if want.fails == math.inf else want.fails)
-    low, high = data["slope_interval"]
-    assert low < data["slope"] - 1.9 * data["slope_stderr"] < data["slope"] < high
-    for k, row in enumerate(data["etas"]):
-        assert row["change_interval"] == report.change.interval()[k].tolist()
-        assert row["excluded"] == law.excluded[k] and row["line"] == law.verdicts[k]
-        if not row["excluded"]:
-            assert row["over_line_band"] == [float(law.low[k]), float(law.high[k])]
-        assert row["kl"] == float(report.change.kl[k]) >= 0
-        z = row["mean_weight_z"]
-        assert z is None if row["eta"] == 0 else abs(z) < 4
-    assert law.describe(report.lr, " lr") in report.verdict() in str(report)
-
-
-def test_what_is_left_out_is_hatched_and_the_band_drawn(report):
-    import matplotlib.figure
-
-    khat = torch.tensor([math.nan, 0.1, 0.1, 0.1, 0.1, 0.9])
-    change = report.change._replace(diagnostics=report.change.diagnostics._replace(khat=khat))
-    law = fp.linearity(change, report.series)
-    assert law.excluded[5].startswith("k-hat above")
-    left, right = matplotlib.figure.Figure().subplots(1, 2)
-    fp.plot(change, report.series, law, ax=left)
-    fp.plot_ratio(change, report.series, law, ax=right)
-    for ax in (left, right):
-        hatched = [patch for patch in ax.patches if patch.get_hatch()]
-        assert len(hatched) == 1
-        ends = hatched[0].get_x(), hatched[0].get_x() + hatched[0].get_width()
-        middle = float(change.etas[4] + change.etas[5]) / 2
-        assert ends == pytest.approx((middle, float(change.etas[5])))
-    names = [text.get_text() for text in right.get_legend().get_texts()]
-    assert {"within 10% of the line", "95% band", "not trusted", "measured"} <= set(names)
-    trusted = fp.plot(report.change, report.series, ax=matplotlib.figure.Figure().subplots())
-    assert not [patch for patch in trusted.patches if patch.get_hatch()]
-
-
-def test_plot_takes_axes_and_draws_points_line_and_band(report):
-    import matplotlib.figure
-
-    ax = matplotlib.figure.Figure().subplots()
-    assert fp.plot(report.change, report.series, ax=ax) is ax
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["predicted", "measured"]
-    line = next(line for line in ax.lines if line.get_label() == "predicted")
-    x, y = line.get_data()
-    assert float(y[-1] / x[-1]) == pytest.approx(float(report.series.value[0]))
-    alone = fp.plot(report.change, ax=matplotlib.figure.Figure().subplots())
-    assert len(alone.get_legend().get_texts()) == 1
-
-
 @pytest.mark.parametrize(
     ("etas", "complaint"), [([float("nan")], "finite etas"), ([], "finite etas")]
 )
 def test_bad_etas_are_refused(checkpoint, small, etas, complaint):
     with pytest.raises(ValueError, match=complaint):
         fp.probe(checkpoint, *small, etas)
+
+
+def test_paths_are_read_hashed_and_named(checkpoint, small, report, tmp_path):
+    files = [tmp_path / "u.jsonl", tmp_path / "e.jsonl"]
+    for batch, path in zip(small, files, strict=True):
+        fp.write_batch(path, batch)
+    result = fp.probe(checkpoint.path, str(files[0]), files[1], [1e-5])
+    assert result.about.checkpoint.dtype == "float32" and result.change.rows == report.change.rows
+    hashed = {source.path: source for source in result.about.inputs}
+    for path, role in zip(files, ("update", "evaluation"), strict=True):
+        source = hashed.pop(str(path))
+        assert source.role == role
+        assert source.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert set(hashed) == {str(path) for path in checkpoint.path.resolve().iterdir()}
+    assert {source.role for source in hashed.values()} == {"checkpoint"}
+    assert {source.role for source in report.about.inputs} == {"checkpoint"}
+
+
+def test_the_policy_is_the_one_that_sampled_e(checkpoint, small, tmp_path):
+    drawn, other = fp.Sampling(0.7), fp.Sampling(1.5)
+    fp.write_batch(tmp_path / "e.jsonl", small[1], sampling=drawn)
+    fp.write_batch(tmp_path / "u.jsonl", small[0], sampling=other)
+    result = fp.probe(checkpoint, tmp_path / "u.jsonl", tmp_path / "e.jsonl", [1e-5])
+    assert result.about.checkpoint.sampling == drawn
+    chosen = dataclasses.replace(checkpoint, sampling=other)
+    result = fp.probe(chosen, tmp_path / "u.jsonl", tmp_path / "e.jsonl", [1e-5])
+    assert result.about.checkpoint.sampling == other
 
 
 def test_an_update_without_rewards_is_refused(checkpoint, small):

@@ -1,45 +1,59 @@
-"""The mixed probe: the update a batch U would cause, and what it does to the entropy on E."""
+"""The mixed probe: the update that a batch U would cause, and what it does to the entropy on E."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calculus.blocks import REVERSE, evaluate
+from ..calculus import precision
+from ..calculus.blocks import evaluate
 from ..calculus.interpolation import FIRST, check_nodes
-from ..calculus.line import join, sweep
-from ..calculus.precision import exact, settings
-from ..calculus.step import adamw, direction, gradient
+from ..calculus.line import sweep
+from ..calculus.results import Sweep, join
+from ..calculus.step import Affine, adamw, direction, gradient
 from ..calculus.taylor import taylor
-from ..calculus.tree import merge, norm
-from ..language.batch import Batch, lengths, trim
-from ..language.objectives import RECIPES, Recipe, objective, prepare
-from ..language.score import scorer
-from ..runtime.distributed import agree, rank, share
-from ..runtime.memory import Room, room
-from ..runtime.serialize import checksum, fingerprint
-from ..runtime.stream import Stream
+from ..calculus.tree import Params, Terms, norm
+from ..language.batch import Batch, lengths
+from ..language.objectives import objective, prepare
+from ..language.recipes import Recipe
+from ..runtime.distributed import Group
+from ..runtime.serialize import checksum
 from ..statistics.change import entropy_change, entropy_series
+from ..statistics.estimators import Per, Weights
 from ..statistics.flags import doubts
-from ..statistics.rounding import Rounding
+from ..training.checkpoint import Checkpoint
+from .about import (
+    About,
+    BatchSummary,
+    CheckpointSummary,
+    UpdateSummary,
+    WeightsUnchanged,
+    versions,
+)
+from .flags import probe_doubts
 from .report import Report
-from .roundoff import noise, recompute
+from .roundoff import Recomputed, noise, recompute_sample
+from .setup import Settings, Setup, prepared, read_inputs
 
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
+Etas = Sequence[float] | Tensor | Callable[[float], Sequence[float]]
+
 
 def probe(
-    checkpoint,
-    update: Batch,
-    evaluation: Batch,
-    etas: Sequence[float] | Tensor | Callable[[float], Sequence[float]] | None = None,
+    checkpoint: Checkpoint | str | Path,
+    update: Batch | str | Path,
+    evaluation: Batch | str | Path,
+    etas: Etas | None = None,
     *,
     recipe: str | Recipe = "dr_grpo",
-    weights: str = "sequence",
-    per: str = "token",
+    weights: Weights = "sequence",
+    per: Per = "token",
     off_policy: bool = False,
     change: str = "increment",
     nodes: int | str | None = None,
@@ -49,173 +63,233 @@ def probe(
     tokens: int | None = None,
     lanes: int = 8,
     resume: str | Path | None = None,
-    group=None,
+    group: Group = None,
     progress: bool = False,
 ) -> Report | None:
     """What one AdamW step on `update` would do to the entropy of the responses in `evaluation`.
 
-    Composes the pure functions: v from U and the saved state, the sweep of ``params + eta v`` over
-    E, SNIS, and the slope from the same v on the same rows. Nothing is stepped or changed; a
-    checksum of all weights before and after says so.
+    It composes the pure functions: v from U and the saved state, the sweep of ``params + eta v``
+    over E, self-normalised importance sampling, and the slope from the same v on the same rows.
+    Nothing is stepped or changed, and a checksum of all weights before and after confirms it.
 
     Args:
-        checkpoint: from `load_checkpoint`.
-        update: U, with rewards or advantages, complete prompt groups. Without old_logp it is taken
-            to be sampled at the checkpoint.
-        evaluation: E, the model's own responses at the checkpoint.
-        etas: learning rates; a function gets the reference rate and returns them; the default is
-            0, 0.25, 0.5, 1, 2 and 4 times that rate.
+        checkpoint: from `load_checkpoint`, or the path of one.
+        update: U, with rewards or advantages, in complete prompt groups; or the path of its JSON
+            lines. Without old_logp, U is taken to be sampled at the checkpoint.
+        evaluation: E, the model's own responses at the checkpoint; or the path of its JSON lines.
+            The sampling settings in those lines are used if the checkpoint has the default ones.
+        etas: learning rates, or a function that returns them for the reference rate; by default 0,
+            0.25, 0.5, 1, 2 and 4 times that rate.
         recipe: the objective of the update.
         weights, per: the estimator; see `entropy_change`.
-        off_policy: E was sampled elsewhere, with the log-probabilities it records: weigh its rows
-            by them. Without, E is taken to be sampled at the checkpoint, and flagged if it was not.
+        off_policy: E was sampled elsewhere, with the log-probabilities that it records; its rows
+            are weighted by them. Otherwise E is taken to be sampled at the checkpoint, and flagged
+            if it was not.
         change: "increment" (exact at any eta, in float32 too) or "direct"; see `changes`.
         nodes, tol: "auto" interpolates many etas from a few evaluations of each block, to `tol`;
             see `sweep`.
-        matmul: "tf32" or "bfloat16", the precision of the increments' matrix products; its error is
-            measured and reported.
+        matmul: "tf32" or "bfloat16" for the precision of the increments' matrix products; the error
+            is measured and reported.
         max_length: the divisor of recipes with a constant one, in tokens.
-        tokens: rows times positions times lanes of a block, at most. It bounds memory; the default
-            is 1024 on a CPU, on a CUDA device what its free memory allows; the report has it.
-        lanes: parameter points per block, at most; see `changes`.
+        tokens: how many positions a block holds at most: rows times positions times lanes. It
+            bounds memory. The default is 1024 on a CPU, and on a CUDA device what its free memory
+            allows; the report states it.
+        lanes: how many parameter points a block holds at most; see `changes`.
         resume: a folder for finished blocks. The same call goes on from them, and its result is
             bitwise that of a run without interruption; see `resumable`.
-        group: of torch.distributed, ``dist.group.WORLD`` for instance, whose ranks all make this
-            call and share the blocks; see `sharded`.
-        progress: show bars on standard error.
+        group: of torch.distributed, ``dist.group.WORLD`` for instance. All its ranks make this call
+            and share the blocks; see `sharded`.
+        progress: whether to show progress bars on standard error.
 
     Returns:
-        The report; on ranks other than 0, which never hold other ranks' rows of E, None.
+        The report; None on ranks other than 0, which never hold other ranks' rows of E.
 
     Raises:
-        ValueError: batches, rates or state that do not fit; see the functions composed.
+        ValueError: the batches, rates or state do not fit; see the functions composed.
     """
-    params, base = checkpoint.params, checkpoint.base
-    device = next(iter(params.values())).device
-    divisor = max_length or update.response.shape[1]
-    update, evaluation = trim(update).to("cpu"), trim(evaluation).to("cpu")
-    _check(checkpoint, update, evaluation)
     check_nodes("probe", nodes, tol)
-    support = params if checkpoint.sampling.top_p < 1 else None
-    score = scorer(checkpoint.model, base, sampling=checkpoint.sampling, support=support)
-    loss = objective(score, recipe)
+    settings = Settings(
+        recipe=recipe,
+        weights=weights,
+        per=per,
+        off_policy=off_policy,
+        change=change,
+        nodes=nodes,
+        tol=tol,
+        matmul=matmul,
+        max_length=max_length,
+        tokens=tokens,
+        lanes=lanes,
+        resume=None if resume is None else Path(resume),
+        group=group,
+        progress=progress,
+    )
+    inputs = read_inputs(checkpoint, update, evaluation, group)
     clock = _Clock()
-    before = checksum(base | params)
-    key = fingerprint(before, list(params), checkpoint.model, asdict(checkpoint.sampling))
-    agree("weights and batches", fingerprint(key, update, evaluation), group)
-    folder = None if resume is None else Path(resume)
-    longest = max(update.tokens.shape[1], evaluation.tokens.shape[1])
-    if tokens is None:
-        most = room(checkpoint.model.skeleton.config, params, longest)
-    else:
-        most = Room(tokens, max(tokens // REVERSE, 1), None)
-    most = Room(*share(tuple(most), group))  # blocks must be the same on every rank
-    stream = Stream(device, most, key, folder, group, progress)
-    clock("checksum")
+    setup = prepared(inputs, settings)
+    clock.lap("checksum")
+    plan = _plan_update(setup, etas)
+    clock.lap("update_direction")
+    swept = _sweep(setup, plan)
+    clock.lap("sweep")
+    terms = _slope(setup, plan)
+    clock.lap("slope")
+    sample = _roundoff(setup, plan)
+    clock.lap("rounding")
+    if swept is None or terms is None:
+        return None
+    return _summarise(setup, plan, swept, terms, sample, clock)
 
-    unknown = update.old_logp.isnan()
-    if (unknown & update.response).any():
-        blocks, order = stream.cut(update)
-        scores = stream.map(
-            "log-probabilities of U", lambda b: evaluate(score, params, b, rows=_all(b)), blocks
-        )
-        here = merge(scores, order).logp.double()
-        update = update._replace(old_logp=torch.where(unknown, here, update.old_logp))
-    update = prepare(update, recipe, max_length=divisor)
+
+class _Plan(NamedTuple):
+    """The update that U causes."""
+
+    update: Batch  # U, prepared
+    grads: Params
+    step: Affine
+    v: Params
+    etas: Tensor  # [K] float64
+
+
+class _Clock:
+    """Seconds from each lap to the next, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Ends a lap, and gives it a name."""
+        now = time.perf_counter()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
+    """The step that U causes from the saved state, as a direction, and the learning rates."""
+    recipe, params, stream = setup.settings.recipe, setup.checkpoint.params, setup.stream
+    update = prepare(_with_old_logp(setup), recipe, max_length=setup.divisor)
+    loss = objective(setup.score, recipe)
     blocks, _ = stream.cut(update, reverse=True)
     total = stream.total(
         "gradient of U",
-        lambda b: gradient(loss, params, b, rows=_all(b)),
+        lambda block: gradient(loss, params, block, rows="all"),
         blocks,
         recipe if isinstance(recipe, str) else asdict(recipe),
     )
     grads = {name: total[name].to(p) for name, p in params.items()}
-    step = adamw(grads, params, checkpoint.state, **checkpoint.adamw)
-    v = direction(step, grads)
-    clock("update direction")
-
+    step = adamw(grads, params, setup.checkpoint.state, **setup.checkpoint.adamw)
     lr = float(step.lr)
-    etas = [lr * m for m in MULTIPLES] if etas is None else etas(lr) if callable(etas) else etas
-    etas = torch.as_tensor(etas, dtype=torch.float64).flatten().cpu()
-    points = len(etas) + (change == "direct") if nodes is None else FIRST
-    lanes = max(min(lanes, points), 1)
-    same = {"change": change, "nodes": nodes, "tol": tol, "matmul": matmul, "lanes": lanes}
-    blocks, order = stream.cut(evaluation, lanes)
-    swept = stream.map(
-        "sweep over E",
-        lambda b: sweep(score, params, v, etas, b, rows=_all(b), **same),
+    if etas is None:
+        etas = [lr * multiple for multiple in MULTIPLES]
+    elif callable(etas):
+        etas = etas(lr)
+    return _Plan(
+        update=update,
+        grads=grads,
+        step=step,
+        v=direction(step, grads),
+        etas=torch.as_tensor(etas, dtype=torch.float64).flatten().cpu(),
+    )
+
+
+def _with_old_logp(setup: Setup) -> Batch:
+    """U with log-probabilities at the checkpoint where none are recorded."""
+    update, stream, score = setup.update, setup.stream, setup.score
+    unknown = update.old_logp.isnan()
+    if not (unknown & update.response).any():
+        return update
+    blocks, order = stream.cut(update)
+    scores = stream.map(
+        "log-probabilities of U",
+        lambda block: evaluate(score, setup.checkpoint.params, block, rows="all"),
         blocks,
-        (v, etas, same),
+    )
+    here = join(scores, order).logp.double()
+    return update._replace(old_logp=torch.where(unknown, here, update.old_logp))
+
+
+def _sweep(setup: Setup, plan: _Plan) -> Sweep | None:
+    """E's scores at every learning rate; None on ranks other than 0."""
+    settings, params = setup.settings, setup.checkpoint.params
+    points = FIRST
+    if settings.nodes is None:
+        points = len(plan.etas) + (settings.change == "direct")
+    lanes = max(min(settings.lanes, points), 1)
+    options: dict[str, Any] = {
+        "change": settings.change,
+        "nodes": settings.nodes,
+        "tol": settings.tol,
+        "matmul": settings.matmul,
+        "lanes": lanes,
+    }
+    blocks, order = setup.stream.cut(setup.evaluation, lanes)
+    parts = setup.stream.map(
+        "sweep over E",
+        lambda block: sweep(setup.score, params, plan.v, plan.etas, block, rows="all", **options),
+        blocks,
+        (plan.v, plan.etas, options),
         to=0,
     )
-    swept = join(swept, order) if swept else None
-    clock("sweep")
-    blocks, order = stream.cut(evaluation)
-    terms = stream.map(
-        "slope on E", lambda b: taylor(score, params, v, b, rows=_all(b)), blocks, v, to=0
-    )
-    clock("slope")
-    dense = nodes is not None
-    again = recompute(stream, score, params, v, etas, evaluation, middle=dense)
-    clock("rounding")
-    if rank(group):
-        return None
-    terms = merge(terms, order)
+    return join(parts, order) if parts else None
 
-    kind = {"weights": weights, "per": per}
-    kind["behaviour"] = evaluation.old_logp if off_policy else None
-    estimate = entropy_change(swept, evaluation, **kind)
-    series = entropy_series(terms, evaluation, **kind)
-    proportional = dense or change == "increment"
-    rounded = again and noise(
-        swept, again, evaluation, series, kind["behaviour"], proportional=proportional
+
+def _slope(setup: Setup, plan: _Plan) -> Terms | None:
+    """E's scores and their derivatives along v; None on ranks other than 0."""
+    params = setup.checkpoint.params
+    blocks, order = setup.stream.cut(setup.evaluation)
+    parts = setup.stream.map(
+        "slope on E",
+        lambda block: taylor(setup.score, params, plan.v, block, rows="all"),
+        blocks,
+        plan.v,
+        to=0,
     )
-    clock("statistics")
-    after = checksum(base | params)
-    clock("checksum after")
-    with exact():
-        precision = settings()
+    return join(parts, order) if parts else None
+
+
+def _roundoff(setup: Setup, plan: _Plan) -> Recomputed | None:
+    """A sample of the changes on E, computed in another way."""
+    return recompute_sample(
+        setup.stream,
+        setup.score,
+        setup.checkpoint.params,
+        plan.v,
+        plan.etas,
+        setup.evaluation,
+        middle=setup.settings.nodes is not None,
+    )
+
+
+def _summarise(
+    setup: Setup,
+    plan: _Plan,
+    swept: Sweep,
+    terms: Terms,
+    sample: Recomputed | None,
+    clock: _Clock,
+) -> Report:
+    """The statistics, what is doubtful about them, and what they are about."""
+    settings, evaluation = setup.settings, setup.evaluation
+    behaviour = evaluation.old_logp if settings.off_policy else None
+    change = entropy_change(
+        swept, evaluation, weights=settings.weights, per=settings.per, behaviour=behaviour
+    )
+    series = entropy_series(
+        terms, evaluation, weights=settings.weights, per=settings.per, behaviour=behaviour
+    )
+    proportional = settings.nodes is not None or settings.change == "increment"
+    rounded = sample and noise(swept, sample, evaluation, series, proportional=proportional)
+    clock.lap("statistics")
+    after = checksum(setup.checkpoint.base | setup.checkpoint.params)
+    clock.lap("checksum_after")
     return Report(
-        change=estimate,
+        change=change,
         series=series,
-        lr=lr,
+        lr=float(plan.step.lr),
         rounding=rounded,
-        about={
-            "checkpoint": {
-                "step": checkpoint.step,
-                "optimizer state": checkpoint.match,
-                "notes": list(checkpoint.notes),
-                "dtype": str(next(iter(params.values())).dtype).removeprefix("torch."),
-                "trainable parameters": sum(p.numel() for p in params.values()),
-                "sampling": asdict(checkpoint.sampling),
-            },
-            "update": _sizes(update)
-            | {
-                "recipe": recipe if isinstance(recipe, str) else asdict(recipe),
-                "max length": divisor,
-                "gradient norm": float(norm(grads)),
-                "clip": float(step.clip),
-                "norm of v": float(norm(v)),
-                "norm of v from momentum": float(norm(step.momentum)),
-                "norm of v from decay": float(norm(step.decay)),
-            },
-            "evaluation": _sizes(evaluation),
-            "change": change,
-            "matmul": matmul or "full",
-            "nodes": nodes or "every learning rate",
-            "interpolation's error of a token, nats, at most": float(swept.bound.max()),
-            "importance weights": weights,
-            "off policy": off_policy,
-            "weights": {"sha256 before": before, "sha256 after": after, "same": before == after},
-            "precision": precision,
-            "positions of a block": most._asdict(),
-            "seconds": clock.seconds,
-        },
-        flags=(
-            *doubts(estimate),
-            *_doubts(swept, evaluation, rounded, off_policy),
-            *_guesses(recipe, max_length, divisor),
-        ),
+        about=_about(setup, plan, swept, after, clock.seconds),
+        flags=(*doubts(change), *probe_doubts(setup, swept, rounded)),
         arrays={
             "base.logp": swept.base.logp,
             "base.entropy": swept.base.entropy,
@@ -226,83 +300,53 @@ def probe(
             "response": evaluation.response,
             "group": evaluation.group,
         },
+        direction=plan.v,
     )
 
 
-class _Clock:
-    """Seconds between calls, by name."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def __call__(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._last, 3)
-        self._last = now
-
-
-def _all(block: Batch) -> int:
-    """All of a block's rows: one call a block."""
-    return len(block.tokens)
-
-
-def _check(checkpoint, update: Batch, evaluation: Batch) -> None:
-    """Refuses batches of another tokenizer before anything is computed."""
-    for name, batch in (("U", update), ("E", evaluation)):
-        tokens = batch.tokens[batch.attention]
-        if not 0 <= tokens.min() <= tokens.max() < checkpoint.model.vocabulary:
-            raise ValueError(
-                f"probe: token ids from 0 to {checkpoint.model.vocabulary - 1} were expected, "
-                f"{name} has {int(tokens.min())} to {int(tokens.max())}. It was tokenised for "
-                "another model."
-            )
+def _about(setup: Setup, plan: _Plan, swept: Sweep, after: str, seconds: dict[str, float]) -> About:
+    checkpoint, settings = setup.checkpoint, setup.settings
+    with precision.exact():
+        effective = precision.settings()
+    return About(
+        checkpoint=CheckpointSummary(
+            step=checkpoint.step,
+            optimizer_state=checkpoint.match,
+            notes=tuple(checkpoint.notes),
+            dtype=str(next(iter(checkpoint.params.values())).dtype).removeprefix("torch."),
+            trainable_parameters=sum(p.numel() for p in checkpoint.params.values()),
+            sampling=checkpoint.sampling,
+        ),
+        update=UpdateSummary(
+            **_sizes(plan.update),
+            recipe=settings.recipe,
+            max_length=setup.divisor,
+            gradient_norm=float(norm(plan.grads)),
+            clip=float(plan.step.clip),
+            v_norm=float(norm(plan.v)),
+            v_norm_momentum=float(norm(plan.step.momentum)),
+            v_norm_decay=float(norm(plan.step.decay)),
+        ),
+        evaluation=BatchSummary(**_sizes(setup.evaluation)),
+        change=settings.change,
+        matmul=settings.matmul or "full",
+        nodes=settings.nodes or "every learning rate",
+        interpolation_bound=float(swept.bound.max()),
+        importance_weights=settings.weights,
+        off_policy=settings.off_policy,
+        weights=WeightsUnchanged(setup.weights_sha256, after, setup.weights_sha256 == after),
+        precision={name.replace(" ", "_"): value for name, value in effective.items()},
+        block_positions=setup.stream.room,
+        seconds=seconds,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions(),
+        inputs=setup.sources,
+    )
 
 
 def _sizes(batch: Batch) -> dict[str, int]:
     return {
         "prompts": len(batch.group.unique()),
         "responses": len(batch.group),
-        "response tokens": int(lengths(batch).sum()),
+        "response_tokens": int(lengths(batch).sum()),
     }
-
-
-def _doubts(swept, evaluation: Batch, rounded: Rounding | None, off_policy: bool) -> list[str]:
-    """What only the probe can see: E from another policy, changes below rounding."""
-    found = []
-    off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
-    if (off > 0.05).any() and not off_policy:
-        found.append(
-            f"E's recorded log-probabilities differ from the checkpoint's by up to "
-            f"{float(off[~off.isnan()].max()):.2g} nats a token: E was not sampled from this "
-            "policy, or the base model, its precision or the sampling settings differ. Sample E "
-            "from this checkpoint, or weigh it by what it records with off_policy=True."
-        )
-    if rounded is not None and rounded.floor > min(e for e in swept.etas.abs().tolist() if e):
-        found.append(
-            f"rounding drowns the change below eta = {rounded.floor:.2g}. Use change='increment' "
-            "in full precision, or load the checkpoint in float64."
-        )
-    if swept.shrunk:
-        found.append(
-            f"memory ran out {len(swept.shrunk)} times in the sweep, first: {swept.shrunk[0]}. The "
-            "results are as good; pass a smaller tokens= to save the time."
-        )
-    if swept.fallbacks:
-        found.append(
-            f"no increment rule for {', '.join(swept.fallbacks)}: subtracted there, with rounding. "
-            "Give sweep a rule for them, or load the checkpoint in float64."
-        )
-    return found
-
-
-def _guesses(recipe: str | Recipe, max_length: int | None, divisor: int) -> list[str]:
-    """What the caller left open that changes the update."""
-    recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    if recipe.aggregate != "constant" or max_length is not None:
-        return []
-    return [
-        f"U's longest response, {divisor} tokens, was taken as the constant that the loss is "
-        "divided by. The saved moments are in the run's own unit: pass max_length= its longest "
-        "allowed completion."
-    ]

@@ -1,147 +1,245 @@
-"""Results for people and programs: a table, JSON beside safetensors, and plots."""
+"""What a probe measured: printed as a table, saved as JSON beside safetensors, loaded again."""
 
 import json
 import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from ..calculus.tree import Params
 from ..runtime.files import write_atomically
+from ..statistics.estimators import Estimator
 from ..statistics.linearity import Linearity, linearity
 from ..statistics.results import Estimate, Series
 from ..statistics.rounding import Rounding
-from ..statistics.tables import text_table
-from ..statistics.uncertainty import t_quantile
+from ..statistics.tables import html_table, shortened, text_table
+from .about import About, plain
+from .plots import check_formats, plot, plot_ratio, rendered
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCHEMA = 2  # of report.json; files without a schema are of the first
 WITHIN = 0.1  # the line "holds" while the change is within a tenth of it
 LOOSELY = 0.25  # and loosely while within a quarter
 
+_COLUMNS = ("eta/lr", "eta", "dH", "+-", "line", "dH/line-1", "+-", "ESS", "k-hat", "mean w")
+_GAP = ("...",) * len(_COLUMNS)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What a probe measured. Prints as a table; `save` writes JSON, safetensors and a plot."""
+    """What a probe measured. Prints as a table; `save` writes JSON, safetensors and figures.
+
+    ``pandas.DataFrame(report.rows())`` is a table with a row for each learning rate.
+    """
 
     change: Estimate
     series: Series
     lr: float  # the reference learning rate that v is relative to
     rounding: Rounding | None  # of the change; None if it was not measured
-    about: dict[str, Any]  # checkpoint, batches, update, precision, checksums, seconds
+    about: About  # checkpoint, batches, update, settings, inputs, versions
     flags: tuple[str, ...] = ()  # statistical doubts, each with its remedy
-    arrays: dict[str, Tensor] = field(default_factory=dict, repr=False)  # per-token results
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # per-token results
+    direction: Params | None = None  # v; None if the report was loaded and v had not been saved
 
     @cached_property
     def linearity(self) -> Linearity:
         """How far the line holds, within 10%."""
         return self.holds_within(WITHIN)
 
+    @cached_property
+    def loose_linearity(self) -> Linearity:
+        """How far the line holds, within 25%."""
+        return self.holds_within(LOOSELY)
+
     def holds_within(self, tolerance: float) -> Linearity:
-        """How far the line holds within another tolerance; points below rounding are left out."""
+        """How far the line holds within another tolerance; points below rounding are excluded."""
         floor = None if self.rounding is None else self.rounding.floor
         return linearity(self.change, self.series, tolerance=tolerance, floor=floor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays, as plain numbers and strings; nan becomes None."""
-        change, law = self.change, self.linearity
-        interval, slope = change.interval().tolist(), self.series.interval()[0].tolist()
-        nothing = torch.full_like(change.etas, torch.nan)
-        rounded = nothing if self.rounding is None else self.rounding.at(change.etas)
-        rows = [
-            {
-                "eta": float(change.etas[k]),
-                "learning_rates": float(change.etas[k]) / self.lr,
-                "entropy": float(change.base + change.value[k]),
-                "change": float(change.value[k]),
-                "change_stderr": float(change.stderr[k]),
-                "change_interval": interval[k],
-                "change_rounding": float(rounded[k]),
-                "predicted": float(self.series.predict(change.etas)[k]),
-                "over_line": float(law.ratio[k]),
-                "over_line_stderr": float(law.stderr[k]),
-                "over_line_band": [float(law.low[k]), float(law.high[k])],
-                "line": law.verdicts[k],
-                "excluded": law.excluded[k],
-                "ess": float(change.ess[k]),
-                "khat": float(change.khat[k]),
-                "mean_weight": float(change.mean_weight[k]),
-                "mean_weight_z": float(change.mean_weight_z[k]),
-                "kl": float(change.kl[k]),
-                "least_weight": float(change.weight_range[k, 0]),
-                "largest_weight": float(change.weight_range[k, 1]),
-                "largest_share": float(change.largest_share[k]),
-            }
-            for k in range(len(change.etas))
-        ]
-        return _plain(
-            {
-                "unit": change.unit,
-                "quantity": change.quantity,
-                "weights": change.weights,
-                "entropy": float(change.base),
-                "entropy_stderr": float(change.base_stderr),
-                "slope": float(self.series.value[0]),
-                "slope_stderr": float(self.series.stderr[0]),
-                "slope_interval": slope,
-                "lr": self.lr,
-                "linearity": [
-                    {
-                        "tolerance": each.tolerance,
-                        "level": each.level,
-                        "holds": each.holds,
-                        "fails": each.fails,
-                        "verdict": each.verdict,
-                    }
-                    for each in (law, self.holds_within(LOOSELY))
-                ],
-                "rounding": None if self.rounding is None else self.rounding._asdict(),
-                "etas": rows,
-                "flags": list(self.flags),
-                "about": self.about,
-            }
-        )
+        """All that report.json holds: plain numbers and strings, None for nan and inf."""
+        change, series = self.change, self.series
+        columns = self._columns()
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        laws = (self.linearity, self.loose_linearity)
+        names = ("tolerance", "level", "holds", "fails", "verdict")
+        data = {
+            "schema": SCHEMA,
+            "unit": change.unit,
+            "per": change.per,
+            "quantity": change.quantity,
+            "weights": change.weights,
+            "responses": change.rows,
+            "entropy": float(change.base),
+            "entropy_stderr": float(change.base_stderr),
+            "slope": float(series.value[0]),
+            "slope_stderr": float(series.stderr[0]),
+            "slope_interval": series.interval()[0].tolist(),
+            "lr": self.lr,
+            "linearity": [{name: getattr(law, name) for name in names} for law in laws],
+            "rounding": self.rounding,
+            "etas": rows,
+            "flags": self.flags,
+            "about": self.about,
+        }
+        return dict(plain(data))
 
-    def save(self, folder) -> list[Path]:
-        """Writes report.json, report.safetensors and, with matplotlib, report.png into `folder`."""
+    def rows(self) -> list[dict[str, float | str]]:
+        """A row for each learning rate, with scalar columns, as ``pandas.DataFrame`` takes them.
+
+        The columns are those of ``etas`` in report.json. An interval becomes two columns that end
+        in ``_low`` and ``_high``. A number that is not defined is nan.
+        """
+        columns: dict[str, Sequence[float | str]] = {}
+        for name, values in self._columns().items():
+            if name.endswith(("_interval", "_band")):
+                stem = name.rpartition("_")[0]
+                columns[f"{stem}_low"] = [low for low, _ in values]
+                columns[f"{stem}_high"] = [high for _, high in values]
+            else:
+                columns[name] = values
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _columns(self) -> dict[str, Sequence[Any]]:
+        """What is known of each learning rate, [K] values a column."""
+        change, law, etas = self.change, self.linearity, self.change.etas
+        unknown = torch.full_like(etas, torch.nan)
+        return {
+            "eta": etas.tolist(),
+            "learning_rates": [eta / self.lr for eta in etas.tolist()],
+            "entropy": (change.base + change.value).tolist(),
+            "change": change.value.tolist(),
+            "change_stderr": change.stderr.tolist(),
+            "change_interval": change.interval().tolist(),
+            "change_rounding": (
+                unknown if self.rounding is None else self.rounding.at(etas)
+            ).tolist(),
+            "predicted": self.series.predict(etas).tolist(),
+            "over_line": law.ratio.tolist(),
+            "over_line_stderr": law.stderr.tolist(),
+            "over_line_band": torch.stack([law.low, law.high], -1).tolist(),
+            "line": law.verdicts,
+            "excluded": law.excluded,
+            "ess": change.ess.tolist(),
+            "khat": change.khat.tolist(),
+            "mean_weight": change.mean_weight.tolist(),
+            "mean_weight_z": change.mean_weight_z.tolist(),
+            "kl": change.kl.tolist(),
+            "least_weight": change.weight_range[:, 0].tolist(),
+            "largest_weight": change.weight_range[:, 1].tolist(),
+            "largest_share": change.largest_share.tolist(),
+        }
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        formats: Collection[str] = ("png",),
+        direction: bool = False,
+    ) -> list[Path]:
+        """Writes report.json, report.safetensors and the figure into `folder`.
+
+        Each file appears whole or not at all. Without matplotlib there is no figure.
+
+        Args:
+            folder: made if it does not exist.
+            formats: of the figure, any of "png", "pdf" and "svg".
+            direction: whether report.safetensors also holds v, under keys ``v.NAME``.
+
+        Returns:
+            The files written.
+
+        Raises:
+            ValueError: an unknown format, or v is wanted and this report does not have it.
+        """
         folder = Path(folder)
-        tensors = {f"change.{n}": x for n, x in self.change.tensors().items()}
-        tensors |= {f"series.{n}": x for n, x in self.series.tensors().items()}
-        tensors |= self.arrays
-        written = [folder / "report.safetensors", folder / "report.json"]
-        write_atomically(
-            written[0], save_tensors({n: x.detach().cpu().contiguous() for n, x in tensors.items()})
-        )
-        write_atomically(written[1], (json.dumps(self.to_dict(), indent=1) + "\n").encode())
-        try:
-            import matplotlib.figure
-        except ImportError:
-            return written
-        figure = matplotlib.figure.Figure(figsize=(10, 4), dpi=150, layout="constrained")
-        self.plot(figure.subplots(1, 2))
-        part = folder / "report.png.part"
-        figure.savefig(part, format="png")
-        part.replace(folder / "report.png")
-        return [*written, folder / "report.png"]
+        check_formats(formats)
+        tensors = {n: x.detach().cpu().contiguous() for n, x in self._tensors(direction).items()}
+        files = {
+            "safetensors": save_tensors(tensors),
+            "json": (json.dumps(self.to_dict(), indent=1) + "\n").encode(),
+            **rendered(self.plot, formats),
+        }
+        for ending, content in files.items():
+            write_atomically(folder / f"report.{ending}", content)
+        return [folder / f"report.{ending}" for ending in files]
 
-    def plot(self, axes) -> None:
+    def _tensors(self, direction: bool) -> dict[str, Tensor]:
+        """What report.safetensors holds. E's behaviour is there only if its rows were weighted."""
+        tensors = {f"change.{name}": x for name, x in self.change.tensors().items()}
+        tensors |= {f"series.{name}": x for name, x in self.series.tensors().items()}
+        tensors |= self.arrays
+        for name in ("behaviour", "control"):
+            of_estimator = getattr(self.change.estimator, name)
+            if of_estimator is not None:
+                tensors[f"estimator.{name}"] = of_estimator
+        if direction and self.direction is None:
+            raise ValueError(
+                "Report.save: direction=True needs a report with its direction v, this one has "
+                "none. Likely it was loaded from a folder where v had not been saved. Leave "
+                "direction= out, or probe again."
+            )
+        if direction and self.direction is not None:
+            tensors |= {f"v.{name}": x for name, x in self.direction.items()}
+        return tensors
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """The report that `save` wrote into `folder`. It prints as it did, and saves as it did.
+
+        Raises:
+            ValueError: the folder has no report, an older one, or one that is damaged.
+        """
+        folder = Path(folder)
+        data, tensors = _read(folder)
+        try:
+            report = cls(**_fields(data, tensors))
+            columns = report._columns()
+            told = [[row[name] for row in data["etas"]] for name in ("eta", "change")]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise _unreadable(
+                f"{folder} has one that does not hold what it should ({error!r})",
+                "a file was edited or cut short",
+            ) from error
+        if told != [plain(columns[name]) for name in ("eta", "change")]:
+            raise _unreadable(
+                f"the two files in {folder} hold other numbers", "they were written by two runs"
+            )
+        return report
+
+    def plot(self, axes: Sequence["Axes"]) -> None:
         """Draws the change with its line, and the change over the line, on two Axes."""
         left, right = axes
         plot(self.change, self.series, self.linearity, ax=left, unit=self.lr)
         plot_ratio(self.change, self.series, self.linearity, ax=right, unit=self.lr)
 
-    def __str__(self) -> str:
-        data = self.to_dict()
-        unit = data["unit"]
-        head = (
-            f"H = {data['entropy']:.4f} +- {_short(data['entropy_stderr'])} {unit}    "
-            f"slope = {data['slope']:.4g} +- {_short(data['slope_stderr'])} {unit} per unit of eta"
+    def verdict(self) -> str:
+        """Up to which eta the line holds, loosely and strictly, and what was left out."""
+        loose = self.loose_linearity.describe(self.lr, " lr", excluded=False)
+        return f"{loose}\n{self.linearity.describe(self.lr, ' lr')}"
+
+    def _head(self) -> str:
+        slope, error, unit = self.series.value[0], self.series.stderr[0], self.change.unit
+        return (
+            f"H = {float(self.change.base):.4f} +- {_short(float(self.change.base_stderr))} {unit}"
+            f"    slope = {float(slope):.4g} +- {_short(float(error))} {unit} per unit of eta"
             f"    lr = {self.lr:.3g}"
         )
-        columns = ("eta/lr", "eta", "dH", "+-", "line", "dH/line-1", "+-", "ESS", "k-hat", "mean w")
-        lines = [
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """The table, as text."""
+        return [
             (
                 f"{row['learning_rates']:.4g}",
                 f"{row['eta']:.3g}",
@@ -149,165 +247,108 @@ class Report:
                 _short(row["change_stderr"]),
                 f"{row['predicted']:+.3e}",
                 _percent(row["over_line"]),
-                _percent(row["over_line_stderr"], sign=False),
+                _percent(row["over_line_stderr"]).removeprefix("+"),
                 f"{row['ess']:.0f}/{self.change.rows}",
-                "-" if row["khat"] is None else f"{row['khat']:.2f}",
+                f"{row['khat']:.2f}" if math.isfinite(row["khat"]) else "-",
                 f"{row['mean_weight']:.4f}",
             )
-            for row in data["etas"]
+            for row in (dict[str, Any](row) for row in self.rows())
         ]
-        out = [head, "", *text_table(columns, lines), "", self.verdict()]
-        out += [] if self.rounding is None else [str(self.rounding)]
-        out += [f"! {flag}" for flag in self.flags]
-        return "\n".join(out)
 
-    def verdict(self) -> str:
-        """Up to which eta the line holds, loosely and strictly, and what was left out."""
-        loose = self.holds_within(LOOSELY).describe(self.lr, " lr", excluded=False)
-        return f"{loose}\n{self.linearity.describe(self.lr, ' lr')}"
+    def _remarks(self) -> list[str]:
+        """The verdict, the rounding error and the flags, a line each."""
+        rounding = [] if self.rounding is None else [str(self.rounding)]
+        return [*self.verdict().splitlines(), *rounding, *(f"! {flag}" for flag in self.flags)]
 
+    def _text(self, cells: list[tuple[str, ...]]) -> str:
+        return "\n".join([self._head(), "", *text_table(_COLUMNS, cells), "", *self._remarks()])
 
-def plot(
-    change: Estimate,
-    series: Series | None = None,
-    linearity: Linearity | None = None,
-    *,
-    ax=None,
-    unit: float | None = None,
-):
-    """Draws the entropy change against eta with 95% intervals, and the predicted line through it.
+    def __str__(self) -> str:
+        return self._text(self._cells())
 
-    Args:
-        change: from `entropy_change`.
-        series: from `entropy_series`; its polynomial is drawn with a 95% interval.
-        linearity: from `linearity`; what it left out as not to be trusted is hatched.
-        ax: matplotlib Axes; a new figure's if not given.
-        unit: the learning rate that etas are shown in; absolute if not given.
+    def __repr__(self) -> str:
+        return self._text(shortened(self._cells(), _GAP))
 
-    Returns:
-        The Axes.
-    """
-    ax = _axes(ax)
-    scale = unit or 1.0
-    x = change.etas / scale
-    ax.axhline(0, color="0.8", lw=0.8, zorder=0)
-    if series is not None:
-        span = torch.linspace(
-            min(float(change.etas.min()), 0), max(float(change.etas.max()), 0), 101
+    def _repr_html_(self) -> str:
+        remarks = "<br>".join(map(escape, self._remarks()))
+        return (
+            f"<p>{escape(self._head())}</p>"
+            f"{html_table(_COLUMNS, shortened(self._cells(), _GAP))}"
+            f"<p>{remarks}</p>"
+            f"<details><summary>About this report</summary>{self.about._repr_html_()}</details>"
         )
-        span = span.double()
-        line, error = series.predict(span), _half(series.psi) * series.predict_stderr(span)
-        ax.plot(span / scale, line, color="C1", label=_name(series))
-        ax.fill_between(span / scale, line - error, line + error, color="C1", alpha=0.15, lw=0)
-    _measured(ax, x, change.value, _half(change.psi) * change.stderr)
-    _hatch(ax, linearity, scale)
-    ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
-    ax.set_ylabel(f"{change.quantity} change [{change.unit}]")
-    ax.ticklabel_format(axis="y", scilimits=(-3, 3))
-    ax.legend(frameon=False)
-    return ax
 
 
-def plot_ratio(
-    change: Estimate,
-    series: Series,
-    law: Linearity | None = None,
-    *,
-    ax=None,
-    unit: float | None = None,
-):
-    """Draws the change over its line, less 1: joint 95% intervals, and the band for all at once.
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of a report's two files."""
+    try:
+        data = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        tensors = load_tensors((folder / "report.safetensors").read_bytes())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(
+            f"{folder} has none that can be read ({error})",
+            "the path is not a report's folder, or a file was cut short",
+        ) from error
+    schema = data.get("schema", 1) if isinstance(data, dict) else None
+    if schema != SCHEMA:
+        raise _unreadable(
+            f"the report in {folder} has schema {schema}", "it is of another version of funcprobe"
+        )
+    return data, tensors
 
-    Args:
-        change, series: from `entropy_change` and `entropy_series`.
-        law: from `linearity`; computed if not given. What it left out is hatched.
-        ax, unit: as for `plot`.
 
-    Returns:
-        The Axes.
-    """
-    ax = _axes(ax)
-    law = linearity(change, series, tolerance=WITHIN) if law is None else law
-    scale = unit or 1.0
-    ax.axhspan(
-        -100 * law.tolerance,
-        100 * law.tolerance,
-        color="C1",
-        alpha=0.15,
-        lw=0,
-        label=f"within {law.tolerance:.0%} of the line",
+def _unreadable(arrived: str, cause: str) -> ValueError:
+    return ValueError(
+        "Report.load: a folder with a report.json and a report.safetensors of schema "
+        f"{SCHEMA} was expected, {arrived}. Likely {cause}. Probe again, and save the report."
     )
-    ax.axhline(0, color="C1")
-    used = torch.tensor([not reason for reason in law.excluded])
-    x, order = (law.etas / scale)[used].sort()
-    low, high = (100 * end[used][order] for end in (law.low, law.high))
-    ax.fill_between(x, low, high, color="C0", alpha=0.2, lw=0, label=f"{law.level:.0%} band")
-    shown = law.etas != 0
-    error = 100 * _half(law.psi) * law.stderr
-    _measured(ax, (law.etas / scale)[shown], 100 * law.ratio[shown], error[shown])
-    _hatch(ax, law, scale)
-    ax.set_xlabel("learning rate" if unit is None else f"learning rate / {unit:.3g}")
-    ax.set_ylabel("measured over predicted, less 1 [%]")
-    ax.legend(frameon=False)
-    return ax
 
 
-def _half(psi: Tensor) -> float:
-    """Half a 95% interval in standard errors, Student's."""
-    return t_quantile(0.95, psi.shape[-1] - 1)
+def _fields(data: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The fields of the report that was saved as these."""
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
+
+    of_estimator = under("estimator.")
+    estimator = Estimator(
+        weights=data["weights"],
+        per=data["per"],
+        behaviour=of_estimator.get("behaviour"),
+        control=of_estimator.get("control"),
+    )
+    change = Estimate.from_tensors(
+        under("change."),
+        rows=data["responses"],
+        estimator=estimator,
+        quantity=data["quantity"],
+    )
+    series = Series(**under("series."), estimator=estimator, quantity=data["quantity"])
+    # JSON has no infinity: it is what None stands for in a rounding error, which is never nan.
+    rounding: dict[str, Any] | None = data["rounding"]
+    if rounding is not None:
+        rounding = {name: math.inf if x is None else x for name, x in rounding.items()}
+    taken = {f"change.{name}" for name in change.tensors()}
+    arrays = {
+        name: x
+        for name, x in tensors.items()
+        if name not in taken and not name.startswith(("series.", "estimator.", "v."))
+    }
+    return {
+        "change": change,
+        "series": series,
+        "lr": data["lr"],
+        "rounding": None if rounding is None else Rounding(**rounding),
+        "about": About.from_dict(data["about"]),
+        "flags": tuple(data["flags"]),
+        "arrays": arrays,
+        "direction": under("v.") or None,
+    }
 
 
-def _hatch(ax, law: Linearity | None, scale: float) -> None:
-    """Hatches around each learning rate that was left out, halfway to its neighbours."""
-    if law is None:
-        return
-    order = law.etas.argsort().tolist()
-    x = (law.etas[order] / scale).tolist()
-    edges = [x[0], *((a + b) / 2 for a, b in zip(x[:-1], x[1:], strict=True)), x[-1]]
-    label = "not trusted"
-    for i, k in enumerate(order):
-        if law.excluded[k] and law.etas[k] != 0:
-            style = dict(facecolor="none", edgecolor="0.7", hatch="///", lw=0, zorder=0)
-            ax.axvspan(edges[i], edges[i + 1], label=label, **style)
-            label = None
+def _short(value: float) -> str:
+    return f"{value:.1e}" if math.isfinite(value) else "-"
 
 
-def _axes(ax):
-    if ax is not None:
-        return ax
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(5, 4), layout="constrained")[1]
-
-
-def _measured(ax, x: Tensor, y: Tensor, error: Tensor) -> None:
-    """Points with bars, or a curve with a band where they are many."""
-    style = {"color": "C0", "label": "measured"}
-    if len(x) <= 20:
-        ax.errorbar(x, y, error, fmt="o", ms=4, capsize=3, **style)
-        return
-    x, order = x.sort()
-    y, error = y[order], error[order]
-    ax.plot(x, y, **style)
-    ax.fill_between(x, y - error, y + error, color="C0", alpha=0.15, lw=0)
-
-
-def _name(series: Series) -> str:
-    return "predicted" if len(series.value) == 1 else f"predicted, order {len(series.value)}"
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
-
-
-def _percent(value: float | None, sign: bool = True) -> str:
-    return "-" if value is None else f"{100 * value:{'+' if sign else ''}.2f}%"
-
-
-def _plain(value):
-    """JSON has no nan: None stands for it."""
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _percent(value: float) -> str:
+    return f"{100 * value:+.2f}%" if math.isfinite(value) else "-"

@@ -1,13 +1,14 @@
-"""Some rows of a sweep computed another way: what rounding leaves of the change."""
+"""What rounding leaves of a change, measured by computing a sample of rows in another way."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..calculus.line import Sweep, join, sweep
-from ..calculus.tree import Params
+from ..calculus.blocks import RowFn
+from ..calculus.line import sweep
+from ..calculus.results import Sweep, join
+from ..calculus.tree import Params, tree_map
 from ..language.batch import Batch, by_length
 from ..runtime.stream import Stream
 from ..statistics.results import Series
@@ -17,16 +18,16 @@ SAMPLED = 16  # rows of E whose changes are computed twice
 
 
 class Recomputed(NamedTuple):
-    """Changes of some rows of E at one eta; None on ranks other than 0."""
+    """The changes of a sample of E's rows at one eta, computed a second time."""
 
     k: int  # of the eta
-    index: Tensor  # of the rows
-    change: Any
+    rows: Tensor  # [n] int64, which rows of E
+    change: Any  # scores with leading [1, n]; None on ranks other than 0
 
 
-def recompute(
+def recompute_sample(
     stream: Stream,
-    score: Callable,
+    score: RowFn,
     params: Params,
     v: Params,
     etas: Tensor,
@@ -34,50 +35,65 @@ def recompute(
     *,
     middle: bool = False,
 ) -> Recomputed | None:
-    """Full increments of some rows at the smallest eta; None where there is nothing to measure.
+    """Computes the changes of a sample of rows again, by full increments, at one eta.
 
-    With `middle` at the middle one, since an interpolated curve has the exact slope at 0.
+    They start from parameters that are one rounding away, because the same parameters might round
+    in the same way.
 
-    They start from parameters one rounding away, since the same ones might round the same way.
+    Args:
+        stream: where and how blocks are computed.
+        score, params, v, etas, evaluation: those of the sweep.
+        middle: whether to take the middle of the etas that are not 0, by size, instead of the
+            smallest. An interpolated curve needs that, since it has the exact slope at 0.
+
+    Returns:
+        The changes; None if there are fewer than two rows, or if no eta moves the parameters.
     """
-    n, away = len(evaluation.tokens), etas.abs()
-    if n < 2 or not (away > 0).any():
+    n, size = len(evaluation.group), etas.abs()
+    if n < 2 or not (size > 0).any():
         return None
-    moved = away.argsort()[(away == 0).sum() :]
+    moved = size.argsort()[(size == 0).sum() :]
     k = int(moved[len(moved) // 2 if middle else 0])
-    index = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
-    blocks, order = by_length(evaluation.rows(index), tokens=1)
+    rows = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
+    blocks, order = by_length(evaluation.rows(rows), tokens=1)
     near = {name: torch.nextafter(p, torch.full_like(p, torch.inf)) for name, p in params.items()}
 
     def changes(block: Batch) -> Sweep:
         return sweep(score, near, v, etas[k : k + 1], block, change="increment", lanes=1)
 
-    swept = stream.map("rounding", changes, blocks, v, etas[k], to=0)
-    return Recomputed(k, index, join(swept, order).change if swept else None)
+    parts = stream.map("rounding", changes, blocks, v, etas[k], to=0)
+    return Recomputed(k, rows, join(parts, order).change if parts else None)
 
 
 def noise(
     swept: Sweep,
-    again: Recomputed,
+    sample: Recomputed,
     evaluation: Batch,
     series: Series,
-    behaviour,
     *,
     proportional: bool,
 ) -> Rounding:
-    """The sweep's rounding error, as far as `again` differs; `proportional` to eta or constant."""
-    there = [leaf[again.k, again.index] for leaf in swept.change]
-    width = min(again.change[0].shape[-1], there[0].shape[-1])
-    off = type(again.change)(
-        *(a[..., :width] - b[0][..., :width] for a, b in zip(there, again.change, strict=True))
-    )
+    """The rounding error of the sweep's change, from how far a sample of its rows is off.
+
+    Args:
+        swept: over E.
+        sample: from `recompute_sample`, of the same E, v and etas.
+        evaluation: E.
+        series: from `entropy_series`, of the estimator whose change it is.
+        proportional: whether the error grows with eta, as that of increments and of interpolated
+            curves does; it is the same at every eta where values are subtracted.
+    """
+    first = tree_map(lambda leaf: leaf[sample.k, sample.rows], swept.change)
+    again = tree_map(lambda leaf: leaf[0], sample.change)
+    width = min(first[0].shape[-1], again[0].shape[-1])  # of the longest response in both
+    off = tree_map(lambda a, b: a[..., :width] - b[..., :width], first, again)
     return rounding(
         swept.base,
         off,
-        index=again.index,
+        index=sample.rows,
         batch=evaluation,
         series=series,
-        eta=float(swept.etas[again.k]),
+        eta=float(swept.etas[sample.k]),
         proportional=proportional,
-        behaviour=behaviour,
+        behaviour=series.estimator.behaviour,
     )

@@ -1,0 +1,138 @@
+"""What all stages of a probe share: settings, inputs, and the blocks they are computed in."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from ..calculus.blocks import REVERSE, RowFn
+from ..language.batch import Batch, trim
+from ..language.recipes import Recipe
+from ..language.score import Sampling, scorer
+from ..rollouts.records import read_batch, read_sampling
+from ..runtime.distributed import Group, agree, rank, share
+from ..runtime.memory import Room, room
+from ..runtime.serialize import checksum, fingerprint
+from ..runtime.stream import Stream
+from ..statistics.estimators import Per, Weights
+from ..training.checkpoint import Checkpoint, as_checkpoint
+from .about import Source, sources
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments of `probe` that say what is computed and how; it explains them."""
+
+    recipe: str | Recipe
+    weights: Weights
+    per: Per
+    off_policy: bool
+    change: str
+    nodes: int | str | None
+    tol: float
+    matmul: str | None
+    max_length: int | None
+    tokens: int | None
+    lanes: int
+    resume: Path | None
+    group: Group
+    progress: bool
+
+
+class Inputs(NamedTuple):
+    """What the arguments of `probe` stand for, and the files that they came from."""
+
+    checkpoint: Checkpoint
+    update: Batch  # as wide as it came
+    evaluation: Batch
+    sources: tuple[Source, ...]  # on rank 0
+
+
+class Setup(NamedTuple):
+    """All that the stages share."""
+
+    settings: Settings
+    checkpoint: Checkpoint
+    update: Batch  # U, on the CPU and trimmed
+    evaluation: Batch  # E, likewise
+    divisor: int  # of recipes with a constant one, in tokens
+    score: RowFn
+    stream: Stream
+    weights_sha256: str  # before anything was computed
+    sources: tuple[Source, ...]
+
+
+def read_inputs(
+    checkpoint: Checkpoint | str | Path,
+    update: Batch | str | Path,
+    evaluation: Batch | str | Path,
+    group: Group,
+) -> Inputs:
+    """Loads what was given as paths, and hashes the files."""
+    checkpoint = as_checkpoint(checkpoint)
+    paths = {
+        name: Path(given)
+        for name, given in (("update", update), ("evaluation", evaluation))
+        if isinstance(given, str | Path)
+    }
+    if "evaluation" in paths and checkpoint.sampling == Sampling():
+        sampling = read_sampling(paths["evaluation"])
+        checkpoint = replace(checkpoint, sampling=sampling or checkpoint.sampling)
+    if isinstance(update, str | Path):
+        update = read_batch(update, checkpoint.tokenizer)
+    if isinstance(evaluation, str | Path):
+        evaluation = read_batch(evaluation, checkpoint.tokenizer)
+    files = sources(checkpoint.path, **paths) if rank(group) == 0 else ()
+    return Inputs(checkpoint, update, evaluation, files)
+
+
+def prepared(inputs: Inputs, settings: Settings) -> Setup:
+    """Checks the batches, and decides in which blocks everything is computed."""
+    checkpoint, params, base = inputs.checkpoint, inputs.checkpoint.params, inputs.checkpoint.base
+    update, evaluation = (trim(batch).to("cpu") for batch in (inputs.update, inputs.evaluation))
+    _check_tokens("U", update, checkpoint)
+    _check_tokens("E", evaluation, checkpoint)
+    sampling = checkpoint.sampling
+    support = params if sampling.top_p < 1 else None
+    before = checksum(base | params)
+    key = fingerprint(before, list(params), checkpoint.model, asdict(sampling))
+    agree("weights and batches", fingerprint(key, update, evaluation), settings.group)
+    stream = Stream(
+        device=next(iter(params.values())).device,
+        room=_room(checkpoint, settings, max(b.tokens.shape[1] for b in (update, evaluation))),
+        key=key,
+        folder=settings.resume,
+        group=settings.group,
+        progress=settings.progress,
+    )
+    return Setup(
+        settings=settings,
+        checkpoint=checkpoint,
+        update=update,
+        evaluation=evaluation,
+        divisor=settings.max_length or inputs.update.response.shape[1],
+        score=scorer(checkpoint.model, base, sampling=sampling, support=support),
+        stream=stream,
+        weights_sha256=before,
+        sources=inputs.sources,
+    )
+
+
+def _check_tokens(name: str, batch: Batch, checkpoint: Checkpoint) -> None:
+    """Refuses a batch of another tokenizer before anything is computed."""
+    tokens, vocabulary = batch.tokens[batch.attention], checkpoint.model.vocabulary
+    if not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise ValueError(
+            f"probe: token ids from 0 to {vocabulary - 1} were expected, {name} has "
+            f"{int(tokens.min())} to {int(tokens.max())}. It was tokenised for another model. "
+            "Tokenise it with the checkpoint's tokenizer."
+        )
+
+
+def _room(checkpoint: Checkpoint, settings: Settings, length: int) -> Room:
+    """What a block may hold, for rows of up to `length` positions."""
+    tokens = settings.tokens
+    if tokens is None:
+        most = room(checkpoint.model.skeleton.config, checkpoint.params, length)
+    else:
+        most = Room(tokens, max(tokens // REVERSE, 1), None)
+    return Room(*share(tuple(most), settings.group))  # blocks must be the same on every rank
