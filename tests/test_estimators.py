@@ -357,6 +357,31 @@ def test_smoothing_uses_the_smoothed_weights():
     assert out.adjusted[0] == out.value[0] - free.value[0] != 0
 
 
+@pytest.mark.parametrize("options", [dict(clip=1.5), dict(smooth=True)])
+def test_clipping_and_smoothing_act_on_the_product_with_base_weights(options):
+    generator = torch.Generator().manual_seed(1)
+    n = 100
+    logp, h, dh, logw, logb = torch.randn(5, n, 1, generator=generator).double()
+    rows = SimpleNamespace(response=torch.ones(n, 1, dtype=torch.bool), group=torch.arange(n))
+    sweep = SimpleNamespace(
+        etas=torch.tensor([1.0]),
+        base=fp.Scores(logp, h),
+        change=fp.Scores(2 * logw[None], dh[None]),
+    )
+    logb = logb - logb.max()  # the largest base weight is the unit of clip
+    out = fp.entropy_change(sweep, rows, behaviour=logp - logb, **options)
+    product = 2 * logw + logb
+    product = (
+        fp.pareto_smooth(product[:, 0])
+        if "smooth" in options
+        else product[:, 0].clamp(max=math.log(1.5))
+    )
+    w, b = product.softmax(-1), logb[:, 0].softmax(-1)
+    want = (w * (h + dh)[:, 0]).sum() - (b * h[:, 0]).sum()
+    torch.testing.assert_close(out.value[0], want, rtol=1e-10, atol=1e-12)
+    assert out.adjusted[0] != 0
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -364,6 +389,7 @@ def test_smoothing_uses_the_smoothed_weights():
         (dict(smooth=True, weights="none"), "act on sequence weights"),
         (dict(clip=2.0, smooth=True), "one of the two"),
         (dict(clip=-1.0), "one of the two"),
+        (dict(clip=0.0), "one of the two"),
         (dict(control=torch.zeros(N, R)), "belongs to prefix weights"),
         (dict(weights="tokens"), "weights must be one of sequence, prefix, prefix_raw, none"),
     ],

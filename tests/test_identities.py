@@ -94,6 +94,19 @@ def test_a_constant_in_every_log_weight_cancels(seed, per, constant):
         torch.testing.assert_close(b.mean_weight, expected, rtol=1e-10, atol=0)
 
 
+@given(SEEDS, WEIGHTS, PER, st.floats(-2000, 2000))
+def test_a_constant_in_every_base_weight_cancels(seed, weights, per, constant):
+    sweep, rows = drawn(seed)
+    behaviour = sweep.base.logp - drawn(seed + 1, n=len(rows.group))[0].base.logp[:, :1]
+    moved = behaviour.clone()
+    moved[:, 0] += constant
+    a, b = (
+        fp.entropy_change(sweep, rows, weights=weights, per=per, behaviour=old)
+        for old in (behaviour, moved)
+    )
+    same(a, b, "base", "value", "psi", "stderr", "base_psi", "kl")
+
+
 @given(SEEDS, st.sampled_from(["sequence", "prefix", "prefix_raw"]), st.floats(-5, 5))
 def test_a_constant_in_every_entropy_moves_the_base_alone(seed, weights, constant):
     sweep, rows = drawn(seed)

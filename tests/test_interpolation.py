@@ -50,6 +50,7 @@ def test_nodes_are_evaluated_and_say_so():
     batch, zero = torch.ones(2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     etas = torch.tensor([0.0, 0.4, 1.0, 1e-12], dtype=torch.float64)
     got = fp.sweep(analytic, {"t": zero}, {"t": zero + 1}, etas, batch, nodes=3)
+    assert len({LAW, INTERPOLATED, EVALUATED}) == 3
     assert got.source.tolist() == [LAW, INTERPOLATED, EVALUATED, INTERPOLATED]
     assert got.bound[[0, 2]].tolist() == [0.0, 0.0] and (got.bound[[1, 3]] > 0).all()
     plain = fp.sweep(analytic, {"t": zero}, {"t": zero + 1}, etas, batch)
@@ -212,6 +213,14 @@ def test_coarse_products_are_interpolated_to_what_they_hold():
     assert off.max() < 0.03 * want.change.logp.abs().max()
     with pytest.raises(ValueError, match="matmul was expected to be"):
         fp.sweep(score, case.params, v, etas, batch, matmul="float8", **same)
+
+
+def test_no_tolerance_at_all_is_what_rounding_leaves():
+    batch, etas = torch.ones(2, dtype=torch.float64), torch.linspace(0, 1, 21, dtype=torch.float64)
+    got = fp.sweep(analytic, {"t": ZERO}, {"t": ZERO + 1}, etas, batch, nodes="auto", tol=0.0)
+    want = torch.stack([analytic({"t": eta}, batch) for eta in etas]) - analytic({"t": ZERO}, batch)
+    assert ((got.change - want).abs().amax((1, 2)) <= got.bound + 1e-15).all()
+    assert got.bound.max() < 1e-12
 
 
 def test_blocks_join_with_their_bounds():
