@@ -85,6 +85,15 @@ def test_the_nucleus_is_held_fixed_where_support_is():
     )
 
 
+def test_a_change_of_a_token_outside_the_nucleus_is_explained():
+    case, batch = cases.case(), cases.batch(rows=cases.FULL)
+    sampling = fp.Sampling(top_p=0.5)
+    score = fp.scorer(case.model, case.base, sampling=sampling, support=case.params)
+    assert fp.evaluate(score, case.params, batch).logp.isneginf().any()
+    with pytest.raises(ValueError, match=r"sweep: .* nan in . rows.*outside the top-p nucleus"):
+        fp.sweep(score, case.params, cases.direction(case.params), [0.1], batch)
+
+
 def test_top_p_needs_its_support():
     case = cases.case()
     with pytest.raises(ValueError, match="scorer: top_p = 0.9 needs support="):

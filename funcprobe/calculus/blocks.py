@@ -253,5 +253,5 @@ def evaluate(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock = None
     with exact():
         parts = blockwise(lambda block, _: fn(params, block), batch, rows)
     out = merge(parts.results, parts.order)
-    check_nan("evaluate", out)
+    check_nan("evaluate", fn, out)
     return out

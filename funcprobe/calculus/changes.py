@@ -146,8 +146,8 @@ def compute_changes(
     keep_pages()
     with exact(alone=options.matmul == "tf32"):
         run = method(fn, params, deltas, batch, options, base)
-    check_nan("sweep (base)", run.base)
-    check_nan("sweep", run.change, dim=1)
+    check_nan("sweep (base)", fn, run.base)
+    check_nan("sweep", fn, run.change, dim=1)
     return run
 
 

@@ -55,7 +55,7 @@ def taylor(
         run = blockwise(lambda block, _: _derivatives(fn, params, v, block, order), batch, rows)
     terms = tuple(merge(term, run.order) for term in zip(*run.results, strict=True))
     for term in terms:
-        check_nan("taylor", term)
+        check_nan("taylor", fn, term)
     return Terms(terms, identify(batch)) if all_concrete(terms) else terms
 
 

@@ -261,18 +261,26 @@ def _place(parts: Sequence[Tensor], rows: Sequence[Tensor], dim: int) -> Tensor:
     return out
 
 
-def check_nan(where: str, tree: Tree, dim: int = 0) -> None:
-    """Raises ValueError if a leaf holds nan. The error names the rows (axis `dim`) that do."""
+_NAN_MEANS = (
+    "Either the parameters hold nan, the function is undefined on these rows (it takes the "
+    "logarithm of 0, say), or the batch lacks a field that is needed."
+)
+
+
+def check_nan(where: str, fn: object, tree: Tree, dim: int = 0) -> None:
+    """Raises ValueError if a leaf of what `fn` gave holds nan; it names the rows (axis `dim`).
+
+    A function that knows what nan means in its results may say it in an attribute ``nan_means``.
+    """
     for leaf in leaves(tree):
         bad = leaf.isnan()
         if bad.any():
             others = [axis for axis in range(bad.ndim) if axis != dim]
             rows = (bad.any(others) if others else bad).nonzero().flatten().tolist()
+            meaning = getattr(fn, "nan_means", _NAN_MEANS)
             raise ValueError(
-                f"{where}: the function gave nan in {len(rows)} rows, the first {rows[:5]}. Either "
-                "the parameters hold nan, the function is undefined on these rows (it takes the "
-                "logarithm of 0, say), or the batch lacks a field that is needed. Evaluate the "
-                "function on one of these rows alone to see which."
+                f"{where}: the function gave nan in {len(rows)} rows, the first {rows[:5]}. "
+                f"{meaning} Evaluate the function on one of these rows alone to see which."
             )
 
 

@@ -145,6 +145,15 @@ class _Scorer:
         readout = "entropy" if self.readout is None else self.readout
         return f"scorer({getattr(readout, '__name__', readout)}, {self.sampling})"
 
+    @property
+    def nan_means(self) -> str:
+        """What nan in the scores, or in a change or derivative of them, says."""
+        return (
+            "Either the parameters or the model's logits hold nan, or a scored token has "
+            "probability 0: outside the top-p nucleus a token scores -inf, which has no change. "
+            "Such a response was sampled with other settings or from another model."
+        )
+
     def __call__(self, params: Params, batch: Batch) -> Scores | Readings:
         """The scores of the batch's responses at `params`, [N, R]."""
         layout = self.model.layout(batch)
