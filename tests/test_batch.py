@@ -11,9 +11,9 @@ from funcprobe.language.batch import targets, trim
 
 def test_targets_are_the_response_tokens():
     batch = cases.batch()
-    found = [row[keep].tolist() for row, keep in zip(targets(batch), batch.response, strict=True)]
-    assert found[0] == [14, 15, 16, 17, 18, cases.EOS]
-    assert found[2] == [] and found[6] == [30, 31]
+    got = [row[keep].tolist() for row, keep in zip(targets(batch), batch.response, strict=True)]
+    assert got[0] == [14, 15, 16, 17, 18, cases.EOS]
+    assert got[2] == [] and got[6] == [30, 31]
 
 
 def test_collate_aligns_on_the_response():

@@ -55,22 +55,22 @@ def penalties(name: str) -> list[float]:
 def test_a_recipe_is_its_trainers_loss_and_gradient(name, beta):
     recipe = replace(RECIPES[name], beta=beta)
     case, loss, batch, old, ref = prepared(recipe, rows=cases.FULL)
-    own, own_grads = live_loss(name, batch, old, ref, beta=beta)
-    torch.testing.assert_close(fp.evaluate(loss, case.params, batch).sum(), own, **EXACT)
+    want, want_grads = live_loss(name, batch, old, ref, beta=beta)
+    torch.testing.assert_close(fp.evaluate(loss, case.params, batch).sum(), want, **EXACT)
     grads = fp.gradient(loss, case.params, batch)
-    scale = max(float(g.abs().max()) for g in own_grads.values())
+    scale = max(float(g.abs().max()) for g in want_grads.values())
     assert scale > 1e-3
     for n in grads:
-        torch.testing.assert_close(grads[n], own_grads[n], rtol=1e-10, atol=1e-12 * scale)
+        torch.testing.assert_close(grads[n], want_grads[n], rtol=1e-10, atol=1e-12 * scale)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_an_empty_response_moves_no_parameter_but_counts_among_the_rows(name):
     case, loss, batch, old, ref = prepared(name)
-    _, own_grads = live_loss(name, batch, old, ref)
+    _, want_grads = live_loss(name, batch, old, ref)
     grads = fp.gradient(loss, case.params, batch)
     for n in grads:
-        torch.testing.assert_close(grads[n], own_grads[n], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(grads[n], want_grads[n], rtol=1e-9, atol=1e-12)
 
 
 def test_ratios_are_clipped_somewhere():
@@ -148,8 +148,8 @@ def test_on_the_behaviour_policy_every_ratio_is_one(name):
 def test_advantages_are_those_of_loops(baseline, scale):
     batch = cases.batch()
     ours = advantages(batch.reward, batch.group, Recipe(baseline=baseline, scale=scale))
-    own = reference.group_advantages(batch.reward, batch.group, baseline=baseline, scale=scale)
-    torch.testing.assert_close(ours, own, **EXACT)
+    want = reference.group_advantages(batch.reward, batch.group, baseline=baseline, scale=scale)
+    torch.testing.assert_close(ours, want, **EXACT)
 
 
 def test_a_group_of_one_has_no_peers():

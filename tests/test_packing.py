@@ -35,8 +35,10 @@ def test_shared_prompts_change_no_score(family):
         base, change = reference.sweep(module, v, [1.0], whole)
     got = fp.sweep(fp.scorer(case.model, case.base), case.params, v, [0.0, 1.0], whole)
     assert torch.equal(got.change.logp[0], torch.zeros_like(got.base.logp))
-    for own, theirs in zip(got.base + got.change, base + change, strict=True):
-        torch.testing.assert_close(own[-1:] if own.ndim == 3 else own, theirs, rtol=0, atol=1e-10)
+    for ours, theirs in zip(got.base + got.change, base + change, strict=True):
+        torch.testing.assert_close(
+            ours[-1:] if ours.ndim == 3 else ours, theirs, rtol=0, atol=1e-10
+        )
     shared = {len(case.model.layout(part).tokens) < len(part.tokens) for part in whole.cut(90)[0]}
     assert (True in shared) == (family not in WINDOWS)
 
@@ -59,8 +61,8 @@ def test_derivatives_and_gradients_through_shared_prompts(family):
     together = fp.gradient(score, case.params, whole)
     for name, alone in fp.gradient(score, case.params, whole, **apart).items():
         torch.testing.assert_close(together[name], alone, rtol=1e-9, atol=1e-10)
-    for name, each in fp.row_gradients(score, case.params, whole).items():
-        torch.testing.assert_close(each.sum(0), together[name], rtol=1e-9, atol=1e-10)
+    for name, rows in fp.row_gradients(score, case.params, whole).items():
+        torch.testing.assert_close(rows.sum(0), together[name], rtol=1e-9, atol=1e-10)
 
 
 def test_a_long_window_shares_up_to_its_length():
@@ -69,17 +71,17 @@ def test_a_long_window_shares_up_to_its_length():
     model, _, _ = fp.split(module)
     assert model.shares == len(LONG) + 4
     for rows, sequences in (([3, 7], 1), ([0, 3, 7], 3)):  # the first row has 39 tokens
-        some = batch().rows(torch.tensor(rows))
-        assert len(model.layout(some).tokens) == sequences
+        few = batch().rows(torch.tensor(rows))
+        assert len(model.layout(few).tokens) == sequences
 
 
 def test_a_model_without_positions_of_its_own_never_shares(monkeypatch):
     module = cases.live("llama")
     decoder = type(module.base_model.model.model)
-    own = decoder.forward
+    original = decoder.forward
 
     def forward(self, *args, position_ids=None, **kwargs):
-        return own(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     monkeypatch.setattr(decoder, "forward", forward)
     model, params, base = fp.split(module)

@@ -55,11 +55,11 @@ def scorer(name, case, *, at=None, **options):
 def test_readouts_are_those_of_full_logits_row_by_row(family, top_p):
     case, batch = cases.case(family), cases.batch()
     v, temperature = cases.direction(case.params), 1.3
-    there = fp.shift(case.params, v, 0.02)
+    moved = fp.shift(case.params, v, 0.02)
     sampling = fp.Sampling(temperature, top_p)
     support = case.params if top_p < 1 else None
     values = {
-        name: scorer(name, case, at=there, sampling=sampling, support=support)(case.params, batch)
+        name: scorer(name, case, at=moved, sampling=sampling, support=support)(case.params, batch)
         for name in READOUTS
     }
     module = cases.module64(family)
@@ -296,7 +296,7 @@ def test_what_is_not_a_readout_is_refused():
 @pytest.mark.parametrize("name", ["top", "kl", "tail", "reward"])
 def test_estimates_of_any_quantity_come_by_the_same_code(checkpoint, evaluation, name):
     """On the bundled checkpoint: change over eta is the slope, and curvature what is left."""
-    params, some = checkpoint.params, evaluation.rows(slice(0, 64))
+    params, rows = checkpoint.params, evaluation.rows(slice(0, 64))
     plain = fp.scorer(checkpoint.model, checkpoint.base)
     read, more = {
         "top": (fp.readouts.top_probability, {}),
@@ -312,9 +312,9 @@ def test_estimates_of_any_quantity_come_by_the_same_code(checkpoint, evaluation,
     v = cases.direction(params)
     etas = [1e-8, 1e-4]
     change = fp.entropy_change(
-        fp.sweep(score, params, v, etas, some, change="increment"), some, per=per
+        fp.sweep(score, params, v, etas, rows, change="increment"), rows, per=per
     )
-    series = fp.entropy_series(fp.taylor(score, params, v, some, order=2), some, per=per)
+    series = fp.entropy_series(fp.taylor(score, params, v, rows, order=2), rows, per=per)
     first, second = series.value.tolist()
     assert change.quantity == series.quantity == "value" and "d value" in str(change)
     got = [float(c) / eta for c, eta in zip(change.value, etas, strict=True)]

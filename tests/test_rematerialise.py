@@ -97,10 +97,10 @@ NESTINGS = {
 }
 
 
-def assert_same(ours, own):
-    ours, own = tree_leaves(ours), tree_leaves(own)
-    assert max(float(x.abs().max()) for x in own) > 1e-3
-    for x, y in zip(ours, own, strict=True):
+def assert_same(ours, want):
+    ours, want = tree_leaves(ours), tree_leaves(want)
+    assert max(float(x.abs().max()) for x in want) > 1e-3
+    for x, y in zip(ours, want, strict=True):
         scale = max(float(y.abs().max()), 1.0)
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12 * scale)
 
@@ -154,9 +154,9 @@ def test_increments_of_slices_are_those_of_full_logits(setting, narrow):
     score = fp.scorer(s.model, s.base, chunk=5)
     swept = fp.sweep(score, s.params, s.v, [0.0, 0.3], s.batch, change="increment")
     full = from_logits(s)
-    there, here = full(fp.shift(s.params, s.v, 0.3), s.batch), full(s.params, s.batch)
+    moved, here = full(fp.shift(s.params, s.v, 0.3), s.batch), full(s.params, s.batch)
     assert swept.fallbacks == ()
-    assert_same([x[1] for x in swept.change], [a - b for a, b in zip(there, here, strict=True)])
+    assert_same([x[1] for x in swept.change], [a - b for a, b in zip(moved, here, strict=True)])
     assert all((x[0] == 0).all() for x in swept.change)
 
 
@@ -199,7 +199,7 @@ def test_impossible_tokens_have_finite_gradients(narrow):
         )
         return (logp.sin() + entropy**2).sum()
 
-    def own(h, w):
+    def want(h, w):
         lp = (h @ w[kept].T).log_softmax(-1)
         index = torch.searchsorted(kept, target).unsqueeze(-1)
         return (lp.gather(-1, index).squeeze(-1).sin() + (lp.exp() * lp).sum(-1) ** 2).sum()
@@ -207,8 +207,8 @@ def test_impossible_tokens_have_finite_gradients(narrow):
     def second(f):
         return grad(lambda h, w: sum(x.pow(2).sum() for x in grad(f, (0, 1))(h, w)), (0, 1))
 
-    assert_same(grad(ours, (0, 1))(hidden, weight), grad(own, (0, 1))(hidden, weight))
-    assert_same(second(ours)(hidden, weight), second(own)(hidden, weight))
+    assert_same(grad(ours, (0, 1))(hidden, weight), grad(want, (0, 1))(hidden, weight))
+    assert_same(second(ours)(hidden, weight), second(want)(hidden, weight))
 
 
 @pytest.mark.parametrize("holds", ["readout", "temperature"])
@@ -224,18 +224,18 @@ def test_the_gradient_in_what_a_scorer_holds_is_not_lost(holds):
         return sum(y.sum() for y in score(params, batch))
 
     x, params = torch.tensor(1.3).double(), case.params
-    own = (total(x + 1e-6, params) - total(x - 1e-6, params)) / 2e-6
-    found = [grad(total, (0, 1))(x, params)[0], grad(lambda x: total(x, params))(x)]
+    want = (total(x + 1e-6, params) - total(x - 1e-6, params)) / 2e-6
+    got = [grad(total, (0, 1))(x, params)[0], grad(lambda x: total(x, params))(x)]
     if holds == "readout":  # a temperature is checked, which vmap cannot
-        found.append(vmap(grad(total, (0, 1)), (0, None))(torch.stack([x, 2 * x]), params)[0][0])
+        got.append(vmap(grad(total, (0, 1)), (0, None))(torch.stack([x, 2 * x]), params)[0][0])
         within = vmap(grad(total, 1), (0, None))(torch.stack([x, 2 * x]), params)
         for i in range(2):
             assert_same({n: g[i] for n, g in within.items()}, grad(total, 1)((i + 1) * x, params))
     leaves = [x.clone().requires_grad_(), *(p.clone().requires_grad_() for p in params.values())]
     loss = total(leaves[0], dict(zip(params, leaves[1:], strict=True)))
-    found.append(torch.autograd.grad(loss, leaves)[0])
-    for g in found:
-        torch.testing.assert_close(g, own, rtol=1e-6, atol=0)
+    got.append(torch.autograd.grad(loss, leaves)[0])
+    for g in got:
+        torch.testing.assert_close(g, want, rtol=1e-6, atol=0)
 
 
 def test_a_function_of_several_inputs_may_be_vmapped_over_one():
@@ -258,11 +258,11 @@ def test_a_function_of_several_inputs_may_be_vmapped_over_one():
         weights = w if dims[1] is None else torch.stack([w + i for i in range(5)], 1)
         outcomes = []
         for f in (ours, plain):
-            each = vmap(grad(f, (0, 1)), dims)(lanes, weights)
+            by_lane = vmap(grad(f, (0, 1)), dims)(lanes, weights)
             total = lambda x, w, f=f, dims=dims: vmap(f, dims)(x, w).pow(2).sum()  # noqa: E731
             first = grad(total, (0, 1))
             square = lambda x, w, g=first: sum(y.pow(2).sum() for y in g(x, w))  # noqa: E731
-            outcomes.append((each, first(lanes, weights), grad(square, (0, 1))(lanes, weights)))
+            outcomes.append((by_lane, first(lanes, weights), grad(square, (0, 1))(lanes, weights)))
         assert_same(*outcomes)
 
 
@@ -327,7 +327,7 @@ def peak(transform, vocabulary, n, r, monkeypatch, k=2):
     score = fp.scorer(Head(vocabulary), base)
     run = TRANSFORMS[transform]
     monkeypatch.setattr(
-        importlib.import_module("funcprobe.calculus.line"), "keep_pages", lambda: None
+        importlib.import_module("funcprobe.calculus.changes"), "keep_pages", lambda: None
     )
     monkeypatch.setattr(
         importlib.import_module("funcprobe.calculus.taylor"), "keep_pages", lambda: None

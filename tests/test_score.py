@@ -20,8 +20,8 @@ def scored(batch, *, family="llama", **options):
     return fp.evaluate(score, case.params, batch)
 
 
-def assert_scores(ours, own, **tolerance):
-    for a, b in zip(ours, own, strict=True):
+def assert_scores(ours, want, **tolerance):
+    for a, b in zip(ours, want, strict=True):
         torch.testing.assert_close(a, b, **(tolerance or EXACT))
 
 
@@ -34,8 +34,8 @@ def test_scores_are_those_of_full_logits_row_by_row(family, temperature):
     batch = cases.batch()
     ours = scored(batch, family=family, sampling=fp.Sampling(temperature=temperature))
     with torch.no_grad(), reference.float64(cases.module64(family)) as module:
-        own = reference.scores(module, batch, temperature=temperature)
-    assert_scores(ours, own, rtol=1e-12, atol=1e-12)
+        want = reference.scores(module, batch, temperature=temperature)
+    assert_scores(ours, want, rtol=1e-12, atol=1e-12)
 
 
 def test_temperature_enters_the_entropy():
@@ -52,13 +52,13 @@ def test_top_p_is_hugging_faces(top_p, temperature):
         warper = TopPLogitsWarper(top_p)
         batch = cases.batch(rows=cases.FULL)
         warp = lambda row: warper(None, row.unsqueeze(0))[0]  # noqa: E731
-        own = reference.scores(module, batch, temperature=temperature, warp=warp)
+        want = reference.scores(module, batch, temperature=temperature, warp=warp)
     sampling = fp.Sampling(temperature=temperature, top_p=top_p)
     ours = scored(batch, sampling=sampling, support=case.params)
-    assert (own[0].isinf()).any() or top_p == 0.95
-    assert_scores(ours, own)
+    assert (want[0].isinf()).any() or top_p == 0.95
+    assert_scores(ours, want)
     unsupported = ours.logp.isneginf()
-    assert torch.equal(unsupported, own[0].isneginf())
+    assert torch.equal(unsupported, want[0].isneginf())
 
 
 def test_the_nucleus_is_hugging_faces_on_random_logits():
@@ -75,8 +75,8 @@ def test_the_nucleus_is_held_fixed_where_support_is():
     score = fp.scorer(case.model, case.base, sampling=sampling, support=case.params)
     v = cases.direction(case.params)
     here = score(case.params, batch)
-    there = score(fp.shift(case.params, v, 0.3), batch)
-    assert torch.equal(here.logp.isneginf(), there.logp.isneginf())
+    moved = score(fp.shift(case.params, v, 0.3), batch)
+    assert torch.equal(here.logp.isneginf(), moved.logp.isneginf())
     other = fp.scorer(
         case.model, case.base, sampling=sampling, support=fp.shift(case.params, v, 0.3)
     )
@@ -218,8 +218,8 @@ def test_scores_are_zero_off_the_response():
 @pytest.mark.parametrize("chunk", [1, 3, 7, 48, 1000])
 def test_the_chunk_changes_nothing(chunk):
     batch = cases.batch()
-    for ours, own in zip(scored(batch, chunk=chunk), scored(batch), strict=True):
-        torch.testing.assert_close(ours, own, rtol=1e-13, atol=1e-13)
+    for ours, want in zip(scored(batch, chunk=chunk), scored(batch), strict=True):
+        torch.testing.assert_close(ours, want, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
@@ -227,18 +227,18 @@ def test_row_order_company_and_padding_change_nothing(family):
     batch = cases.batch()
     whole = scored(batch, family=family)
     order = torch.tensor([3, 7, 0, 6, 2, 5, 1, 4])
-    for ours, own in zip(scored(batch.rows(order), family=family), whole, strict=True):
-        torch.testing.assert_close(ours, own[order], **EXACT)
+    for ours, want in zip(scored(batch.rows(order), family=family), whole, strict=True):
+        torch.testing.assert_close(ours, want[order], **EXACT)
     for i in range(len(batch.tokens)):
         alone = scored(batch.rows(slice(i, i + 1)), family=family)
-        for ours, own in zip(alone, whole, strict=True):
-            torch.testing.assert_close(ours[0], own[i], **EXACT)
+        for ours, want in zip(alone, whole, strict=True):
+            torch.testing.assert_close(ours[0], want[i], **EXACT)
         if batch.response[i].any():
             cut = trim(batch.rows(slice(i, i + 1)))
             assert cut.tokens.shape[1] == int(batch.attention[i].sum())
             t = cut.response.shape[1]
-            for ours, own in zip(scored(cut, family=family), whole, strict=True):
-                torch.testing.assert_close(ours[0], own[i, :t], **EXACT)
+            for ours, want in zip(scored(cut, family=family), whole, strict=True):
+                torch.testing.assert_close(ours[0], want[i, :t], **EXACT)
 
 
 def test_more_padding_changes_nothing():

@@ -133,7 +133,7 @@ class _Head:
 
     def forward(self, target: Tensor, hidden: Tensor, *tensors: Tensor) -> _Statistics:
         """The statistics of the head's logits."""
-        return _statistics((self.read(hidden, *own) for _, own in self.slices(tensors)), target)
+        return _statistics((self.read(hidden, *here) for _, here in self.slices(tensors)), target)
 
     def pull(
         self, needed: Needed, inputs: Tensors, outputs: Tensors, cotangents: Tensors
