@@ -97,6 +97,20 @@ def d_normal(x: Tensor, d: Tensor) -> Tensor:
     return torch.where(d.abs() < 0.5, short, long)
 
 
+def d_gelu(x: Tensor, d: Tensor, approximate: str) -> Tensor:
+    r"""The change of x g(x), ``d g(x + d) + x (g(x + d) - g(x))``.
+
+    The gate g is the normal distribution function. Its approximation "tanh" is sigmoid(2 u), with
+    :math:`u = \sqrt{2 / \pi} \, (x + 0.044715 x^3)`.
+    """
+    if approximate == "tanh":
+        c = 2 * math.sqrt(2 / math.pi)
+        u, v = c * (x + 0.044715 * x**3), x + d
+        du = c * d * (1 + 0.044715 * (x * x + x * v + v * v))
+        return d * torch.sigmoid(u + du) + x * d_sigmoid(u, du)
+    return d * torch.special.ndtr(x + d) + x * d_normal(x, d)
+
+
 def d_logsumexp(p: Tensor, d: Tensor, dim: int) -> Tensor:
     r"""The change of the logsumexp along `dim`, from the softmax p of x.
 

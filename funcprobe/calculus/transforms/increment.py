@@ -12,7 +12,6 @@ at any size of d, down to 1e-12 and below, where the difference of two float32 v
 Under `vmap` over d with x unbatched all lanes share one computation of the values.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,17 +24,8 @@ from torch import Tensor
 from ..blocks import RowFn
 from ..precision import products
 from ..tree import Params, check_direction, tree_map
-from .carrier import (
-    Carrier,
-    Operation,
-    Rule,
-    Scope,
-    has_carrier,
-    nested_map,
-    table,
-    value_of,
-)
-from .elementwise import CHANGES, d_logsumexp, d_normal, d_reciprocal, d_rsqrt, d_sigmoid, d_sqrt
+from .carrier import Carrier, Operation, Rule, Scope, has_carrier, nested_map, table, value_of
+from .elementwise import CHANGES, d_gelu, d_logsumexp, d_reciprocal, d_rsqrt, d_sqrt
 from .linear import LINEAR, add
 from .nested_jvp import layer_norm
 
@@ -367,33 +357,14 @@ def _logsumexp(op: Operation, a: Increment, dim: Any, keepdim: bool = False) -> 
     return op(a.x, dim, keepdim=keepdim), change if keepdim else change.squeeze(dim)
 
 
-def _layer_norm(
-    op: Operation,
-    x: Any,
-    normalized_shape: Any,
-    weight: Any = None,
-    bias: Any = None,
-    eps: float = 1e-5,
-) -> Pair:
+def _layer_norm(op: Operation, *args: Any, **kwargs: Any) -> Pair:
     """The change follows from the operation written out in the arithmetic of Increments."""
-    written: Any = layer_norm(x, normalized_shape, weight, bias, eps)
-    x, weight, bias = (value_of(t) for t in (x, weight, bias))
-    return op(x, normalized_shape, weight, bias, eps), written.d
+    written: Any = layer_norm(*args, **kwargs)
+    return op(*nested_map(value_of, args), **nested_map(value_of, kwargs)), written.d
 
 
 def _gelu(op: Operation, a: Increment, approximate: str = "none") -> Pair:
-    r"""The change of x g(x), ``d g(x + d) + x (g(x + d) - g(x))``.
-
-    The gate g is the normal distribution function. Its approximation "tanh" is sigmoid(2 u), with
-    :math:`u = \sqrt{2 / \pi} \, (x + 0.044715 x^3)`.
-    """
-    x, d, y = a.x, a.d, op(a.x, approximate=approximate)
-    if approximate == "tanh":
-        c = 2 * math.sqrt(2 / math.pi)
-        u, v = c * (x + 0.044715 * x**3), x + d
-        du = c * d * (1 + 0.044715 * (x * x + x * v + v * v))
-        return y, d * torch.sigmoid(u + du) + x * d_sigmoid(u, du)
-    return y, d * torch.special.ndtr(x + d) + x * d_normal(x, d)
+    return op(a.x, approximate=approximate), d_gelu(a.x, a.d, approximate)
 
 
 RULES: dict[Operation, Rule] = table(
