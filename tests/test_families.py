@@ -13,7 +13,7 @@ import torch
 
 import funcprobe as fp
 
-TABLE = Path(__file__).parent.parent / "FAMILIES.md"
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 TRANSFORMS = ("direct", "increment", "jvp", "jvp(jvp)", "grad", "vmap(grad)")
 DTYPES = (torch.float64, torch.float32)
 LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}
