@@ -81,7 +81,12 @@ def taylor(score, params, batch):
     return fp.taylor(score, params, cases.direction(params), batch, order=2)
 
 
-VERBS = [evaluate, gradient, row_gradients, sweep, sweep_increment, taylor]
+def entropy_series(score, params, batch):
+    series = fp.entropy_series(taylor(score, params, batch), batch)
+    return series.value, series.psi
+
+
+VERBS = [evaluate, gradient, row_gradients, sweep, sweep_increment, taylor, entropy_series]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from threading import RLock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,6 +26,8 @@ from .weights import (
 
 # How many numbers of a sweep are taken at a time: a few hundred MB with all that is made of them.
 _BLOCK = 2**19
+
+_ONE_THREAD = RLock()  # in torch, forward mode belongs to the process: jvps in two threads collide
 
 S = TypeVar("S", bound=Scored)
 Derivable = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -289,9 +292,10 @@ def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Ten
 def _nested(fn: Derivable, order: int, t: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The derivatives of `fn` at t, orders 1..`order`, by nested jvp."""
     out = []
-    for _ in range(order):
-        fn = _derivative(fn)
-        out.append(fn(t))
+    with _ONE_THREAD:
+        for _ in range(order):
+            fn = _derivative(fn)
+            out.append(fn(t))
     return out
 
 
