@@ -1,6 +1,6 @@
 """Every family under every transform, against finite differences of float64 values.
 
-`python tests/test_families.py` writes the table of measured errors to FAMILIES.md.
+`python tests/test_families.py` writes the table of measured errors to docs/families.md.
 """
 
 from functools import cache
