@@ -10,6 +10,7 @@ from arrays import N, arrays, swept
 import funcprobe as fp
 from funcprobe.statistics.flags import doubts
 from funcprobe.statistics.results import Diagnostics
+from funcprobe.statistics.uncertainty import by_group, standard_error
 
 
 def law(etas, curve, *, noise=1e-3, shared=0.2, prompts=40, khat=0.3, rows=400, seed=0):
@@ -103,6 +104,14 @@ def test_a_slope_within_its_error_decides_nothing():
     assert "Left out: 1 to 4 (the slope is" in str(many)
     lone = law([1.0], lambda e: 0.0, prompts=1)
     assert fp.linearity(*lone).excluded == ("one prompt has no error",)
+
+
+def test_with_few_prompts_the_slope_is_held_to_students_quantile():
+    change, series = law([1.0], lambda e: 0.0, prompts=3)
+    error = float(series.stderr[0])  # Student's quantile is 4.30 with three prompts
+    clear, unclear = (series._replace(value=torch.tensor([t * error])) for t in (4.4, 4.2))
+    assert fp.linearity(change, clear).excluded == ("",)
+    assert "within its error of 0" in fp.linearity(change, unclear).excluded[0]
 
 
 def test_both_signs_must_hold():
@@ -226,15 +235,17 @@ def test_the_curvature_takes_over_where_its_share_is_the_slopes():
     assert abs(eta * float(series.value[0])) == pytest.approx(
         abs(eta**2 / 2 * float(series.value[1]))
     )
-    jack = []
-    for g in range(3):
-        kept = rows.group != g
-        fewer = [fp.Scores(*(x[kept] for x in term)) for term in terms]
-        left = SimpleNamespace(response=rows.response[kept], group=rows.group[kept])
-        jack.append(fp.takeover(fp.entropy_series(fewer, left))[0])
-    spread = torch.tensor(jack).double()
-    rough = float((2 * (spread - spread.mean()).square().mean()).sqrt())
-    assert 0.3 < rough / error < 3
+
+    def at(i, h):
+        """With row i weighted by 1 + h."""
+        old = terms[0].logp.clone()
+        old[i, 0] -= math.log1p(h)
+        return fp.takeover(fp.entropy_series(terms, alone, behaviour=old))[0]
+
+    alone = SimpleNamespace(response=rows.response, group=torch.arange(N))
+    influence = torch.tensor([(at(i, 1e-5) - at(i, -1e-5)) / 2e-5 for i in range(N)]).double()
+    spread = standard_error(by_group(influence, rows.group))
+    assert error == pytest.approx(float(spread), rel=1e-6)
     with pytest.raises(ValueError, match="second order was expected"):
         fp.takeover(fp.entropy_series(terms[:2], rows))
 

@@ -160,6 +160,14 @@ def test_a_group_of_one_has_no_peers():
     assert loo.tolist() == [3.0, -1.0, 1.0]
 
 
+def test_two_rewards_have_a_scale_and_one_has_none():
+    reward, group = torch.tensor([3.0, 1.0]).double(), torch.tensor([0, 1])
+    recipe = Recipe(baseline="none", scale="batch")
+    own = reference.group_advantages(reward, group, baseline="none", scale="batch")
+    torch.testing.assert_close(advantages(reward, group, recipe), own, **EXACT)
+    assert advantages(reward[:1], group[:1], recipe).tolist() == [3.0 / recipe.scale_eps]
+
+
 def test_a_group_of_equal_rewards_has_no_advantage():
     reward, group = torch.full((4,), 0.1).double(), torch.zeros(4, dtype=torch.int64)
     for recipe in ("grpo", "dr_grpo", "rloo"):

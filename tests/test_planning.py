@@ -42,6 +42,14 @@ def test_the_planned_number_of_prompts_gives_the_wanted_error(source):
     assert relative(pilot(*repeated(terms, rows, 4))) == pytest.approx(now / 2, rel=0.01)
 
 
+def test_two_prompts_are_a_pilot():
+    terms, rows = arrays()
+    rows.group = (rows.group > 0).long()
+    pilot = fp.entropy_change(swept(terms, [0.5]), rows)
+    now = abs(float(pilot.stderr[0] / pilot.value[0]))
+    assert fp.prompts_needed(pilot, 0.5, now / 3) == 18
+
+
 def test_what_cannot_be_planned_is_refused():
     terms, rows = arrays()
     pilot = fp.entropy_change(swept(terms, [0.0, 0.5]), rows)

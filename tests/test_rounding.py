@@ -78,11 +78,26 @@ def test_increments_have_no_floor_unless_they_are_hopeless():
     good = fp.rounding(base, small, proportional=True, **sample)
     assert good.floor == 0 and good.relative < 0.05
     assert float(good.at([1e-12, 1e-3])[1] / good.at([1e-12, 1e-3])[0]) == pytest.approx(1e9)
+    assert float(good.at([1e-6])[0]) == pytest.approx(good.error)
     large = fp.Scores(*(1e-6 * 30 * t for t in terms[1]))
     bad = fp.rounding(base, large, proportional=True, **sample)
     assert bad.floor == torch.inf
     constant = fp.rounding(base, small, proportional=False, **sample)
     assert constant.at([0.0, 1e-3]).tolist() == [0.0, constant.error]
+
+
+def test_errors_of_both_scores_may_cancel():
+    """An error of the log-probabilities and one of the entropies, made to undo each other."""
+    batch, base, terms, generator = arrays()
+    series, slope = fp.entropy_series(terms, batch), fp.entropy_covector(base, batch)
+    noise = 1e-9 * torch.randn(N, R, generator=generator).double() * batch.response
+    undone = -slope.logp * noise / slope.entropy.where(batch.response, 1.0)
+    sample = dict(index=torch.arange(N), batch=batch, series=series, eta=1e-6, proportional=False)
+    both, one, other = (
+        fp.rounding(base, fp.Scores(*off), **sample).error
+        for off in ((noise, undone), (noise, 0 * noise), (0 * noise, undone))
+    )
+    assert one == pytest.approx(other) and one > 0 and both < 1e-12 * one
 
 
 def test_what_cannot_be_measured_is_refused():

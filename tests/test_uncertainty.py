@@ -111,6 +111,15 @@ def test_one_prompt_has_no_error_and_says_why():
     assert fp.band(fp.entropy_change(sweep, rows).psi).isnan().all()
 
 
+def test_two_prompts_have_errors():
+    terms, rows = arrays()
+    rows.group = (rows.group > 0).long()
+    sweep = swept(terms, [0.5])
+    left, drawn = fp.jackknife(sweep, rows), fp.bootstrap(sweep, rows, draws=20)
+    assert left.stderr > 0 and not left.note
+    assert drawn.stderr > 0 and drawn.low < drawn.high and "only 2 prompts" in drawn.note
+
+
 # Intervals and bands
 
 
