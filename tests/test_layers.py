@@ -92,11 +92,6 @@ def test_no_test_file_imports_another():
 
 # The shape of the text
 
-# Files that are being rewritten to obey the laws below; to be empty.
-REWRITTEN_NOW = {
-    "calculus/transforms/increment.py",
-}
-
 
 def functions(tree):
     return [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -108,7 +103,7 @@ def lines_of_body(function):
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - REWRITTEN_NOW))
+@pytest.mark.parametrize("name", FILES)
 def test_functions_and_files_are_short(name):
     text = FILES[name].read_text()
     assert len(text.splitlines()) <= 400
@@ -118,8 +113,6 @@ def test_functions_and_files_are_short(name):
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.name)
 def test_test_files_are_short(path):
-    if path.name in REWRITTEN_NOW:
-        return
     assert len(path.read_text().splitlines()) <= 500
 
 
@@ -141,7 +134,7 @@ def bound_names(tree):
                 yield asname or name
 
 
-@pytest.mark.parametrize("name", sorted(set(FILES) - REWRITTEN_NOW))
+@pytest.mark.parametrize("name", FILES)
 def test_names_are_nouns_of_the_field(name):
     assert not SAY_NOTHING & set(bound_names(ast.parse(FILES[name].read_text())))
 
@@ -151,12 +144,11 @@ OF_LANGUAGE = r"\b(tokens?|nucle(us|i)|logits?|scorers?|Batch|top-p|vocabular(y|
 
 @pytest.mark.parametrize("name", [n for n in INSIDE if n.startswith("calculus/")])
 def test_the_calculus_does_not_speak_of_language(name):
-    """In no docstring and no message; the package's own docstring says that it does not."""
-    if name != "calculus/__init__.py" and name not in REWRITTEN_NOW:
-        for node in ast.walk(ast.parse(FILES[name].read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                words = re.search(OF_LANGUAGE, node.value)
-                assert words is None, f"{name}:{node.lineno}: {words[0]}"
+    """In no docstring and no message."""
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            word = re.search(OF_LANGUAGE, node.value)
+            assert word is None, f"{name}:{node.lineno}: {word[0]}"
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("benchmarks/*.py")), ids=lambda p: p.name)

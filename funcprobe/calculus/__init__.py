@@ -1,1 +1,1 @@
-"""Functions of parameters along a line: trees, steps, sweeps, derivatives. Knows no tokens."""
+"""Functions of parameters along a line: trees, steps, sweeps, derivatives. It knows no models."""
