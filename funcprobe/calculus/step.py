@@ -6,8 +6,6 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from .gradients import gradient as gradient
-from .gradients import row_gradients as row_gradients
 from .tree import Params, check_direction, check_names, concrete, norm
 
 # A gradient by parameter name; None for a parameter that the loss does not reach.

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..calculus import precision
 from ..calculus.blocks import evaluate
+from ..calculus.gradients import gradient
 from ..calculus.interpolation import FIRST, check_nodes
 from ..calculus.line import sweep
 from ..calculus.results import Sweep, join
-from ..calculus.step import Affine, adamw, direction, gradient
+from ..calculus.step import Affine, adamw, direction
 from ..calculus.taylor import taylor
 from ..calculus.tree import Params, Terms, norm
 from ..language.batch import Batch, lengths

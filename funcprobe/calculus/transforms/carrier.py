@@ -8,7 +8,7 @@ arguments. Each transform (`increment`, `jet`) brings a table of rules. A rule i
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, Self, TypeAlias
 
@@ -164,15 +164,16 @@ def has_carrier(*trees: Any) -> bool:
     return _find(trees) is not None
 
 
-def _find(tree: Any) -> Carrier | None:
-    if isinstance(tree, Carrier):
-        return tree
-    if isinstance(tree, dict):
-        tree = tuple(tree.values())
-    if isinstance(tree, tuple | list):
-        for branch in tree:
-            if (carrier := _find(branch)) is not None:
-                return carrier
+def _find(trees: Iterable[Any]) -> Carrier | None:
+    for tree in trees:
+        if isinstance(tree, Carrier):
+            return tree
+        if isinstance(tree, dict):
+            tree = tree.values()
+        elif not isinstance(tree, tuple | list):
+            continue
+        if (carrier := _find(tree)) is not None:
+            return carrier
     return None
 
 
