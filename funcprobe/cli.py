@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
     from .training.checkpoint import Checkpoint
 
-BUNDLED_MAX_LENGTH = 24  # the bundled run's longest allowed completion, its loss's divisor
+# The longest completion that the bundled run allowed, in tokens. Its loss was divided by it.
+BUNDLED_MAX_LENGTH = 24
 
-_SMALL = 10_000_000  # parameters: below, a second thread costs more than it gives
+# Below this many parameters a second thread costs more than it gains.
+_SMALL = 10_000_000
 
-_UNSET = ("", "~", "null")  # in YAML
+# How a YAML file says that an option is not set.
+_UNSET = ("", "~", "null")
 
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
        funcprobe --version
@@ -282,12 +285,10 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
     """Probes, writes the report and, on the first rank, prints it."""
     from .runtime.distributed import agree
     from .runtime.resume import discard
-    from .study.plots import check_formats
     from .study.probe import probe
 
     path, update, evaluation = _inputs(options)
-    formats = tuple(word.strip() for word in options.format.split(",") if word.strip())
-    check_formats(formats)
+    formats = _formats(options.format)
     parse_etas(options.etas, 1.0)
     max_length, nodes = options.max_length, options.nodes
     if options.checkpoint is None and max_length is None:
@@ -319,6 +320,19 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
             print("wrote " + ", ".join(map(str, written)))
     agree("end", "reached", group)
     discard(finished)
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    """The formats of the figure, separated by commas; none is no figure."""
+    from .study.plots import FORMATS
+
+    formats = tuple(word.strip() for word in text.split(",") if word.strip())
+    if not set(formats) <= set(FORMATS):
+        raise ValueError(
+            f"--format: any of {', '.join(FORMATS)}, separated by commas, was expected, not "
+            f"{text!r}."
+        )
+    return formats
 
 
 def _load(path: Path, options: ProbeArguments, device: str, *, bars: bool) -> "Checkpoint":

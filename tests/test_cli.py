@@ -84,7 +84,7 @@ def test_a_config_file_and_flags_that_override_it(tmp_path, inputs):
         ({"update": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"evaluation": None}, "go together"),
         ({"nodes": "2"}, "nodes must be"),
-        ({"format": "gif"}, "png, pdf, svg was expected"),
+        ({"format": "png,gif"}, "--format: any of png, pdf, svg"),
     ],
 )
 def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, inputs, change, complaint):

@@ -37,7 +37,7 @@ class Source:
     """A file that the report was computed from, as it was when it was read."""
 
     role: Literal["checkpoint", "update", "evaluation"]
-    path: str
+    path: str  # as it was passed, so relative if that was
     sha256: str
 
 
@@ -186,7 +186,7 @@ def sources(
 
 def _source(role: Literal["checkpoint", "update", "evaluation"], path: Path) -> Source:
     with path.open("rb") as file:
-        return Source(role, str(path.resolve()), hashlib.file_digest(file, "sha256").hexdigest())
+        return Source(role, str(path), hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,21 +217,25 @@ def _sweep(setup: Setup, plan: _Plan) -> Sweep | None:
     if settings.nodes is None:
         points = len(plan.etas) + (settings.change == "direct")
     lanes = max(min(settings.lanes, points), 1)
-    options: dict[str, Any] = {
-        "change": settings.change,
-        "nodes": settings.nodes,
-        "tol": settings.tol,
-        "matmul": settings.matmul,
-        "lanes": lanes,
-    }
+
+    def at_every_eta(block: Batch) -> Sweep:
+        return sweep(
+            setup.score,
+            params,
+            plan.v,
+            plan.etas,
+            block,
+            change=settings.change,
+            nodes=settings.nodes,
+            tol=settings.tol,
+            matmul=settings.matmul,
+            rows="all",
+            lanes=lanes,
+        )
+
+    how = (settings.change, settings.nodes, settings.tol, settings.matmul, lanes)
     blocks, order = setup.stream.cut(setup.evaluation, lanes)
-    parts = setup.stream.map(
-        "sweep over E",
-        lambda block: sweep(setup.score, params, plan.v, plan.etas, block, rows="all", **options),
-        blocks,
-        (plan.v, plan.etas, options),
-        to=0,
-    )
+    parts = setup.stream.map("sweep over E", at_every_eta, blocks, plan.v, plan.etas, how, to=0)
     return join(parts, order) if parts else None
 
 
