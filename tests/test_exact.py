@@ -170,6 +170,7 @@ def replications(prompts, copies, *, draws, seed=0, eta=0.4):
         yield batch, sweep._replace(
             base=fp.Scores(*(x[index] for x in sweep.base)),
             change=fp.Scores(*(x[:, index] for x in sweep.change)),
+            row_hashes=sweep.row_hashes[index],
         ), truth  # fmt: skip
 
 

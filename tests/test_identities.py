@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from arrays import SEEDS, drawn, taken
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import funcprobe as fp
@@ -75,11 +75,8 @@ def test_responses_of_one_token_need_no_weights_by_prefix(seed, per):
     torch.testing.assert_close(plain.value[0], sweep.change.entropy.mean(), **CLOSE)
 
 
-# From e^-31 to e^-8 the estimator's w - 1 rounds as 1 does, and up to half the digits are lost.
-CONSTANTS = st.one_of(st.floats(-8, 800), st.floats(-800, -31))
-
-
-@given(SEEDS, PER, CONSTANTS)
+@example(0, "token", -17.0)  # w - 1 would round as 1 does
+@given(SEEDS, PER, st.floats(-800, 800))
 def test_a_constant_in_every_log_weight_cancels(seed, per, constant):
     sweep, rows = drawn(seed)
     logp = sweep.change.logp.clone()

@@ -272,9 +272,9 @@ def _by_prefix(
 def scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
     """w and e = w - 1, both over the largest weight where that exceeds 1: neither overflows."""
     largest = logw.amax(-1, keepdim=True).detach()
-    # Where all weights are tiny they would underflow. There w is scaled up, and the 1 of w - 1 is
-    # dropped, since a constant in e cancels from the change and from psi.
-    tiny = largest < -30
+    # Where all weights are small, w - 1 rounds as 1 does and w may underflow. There w is scaled up
+    # and the 1 of w - 1 is dropped, since a constant in e cancels from the change and from psi.
+    tiny = largest < -1
     c = torch.where(tiny, largest, largest.clamp(min=0))
     w = (logw - c).exp()
     one = (-c.clamp(min=0)).exp()

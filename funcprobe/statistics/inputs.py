@@ -104,7 +104,8 @@ def check_rows(function: str, source: object, batch: Rows) -> None:
     if len(expected) != len(hashes):
         raise ValueError(
             f"{function}: the scores are of {len(expected)} rows, the batch has {len(hashes)}. "
-            "Pass the batch that was scored."
+            "Pass the batch that was scored. If you selected rows yourself, select those of "
+            "row_hashes too."
         )
     differing = (expected != hashes).nonzero().flatten().tolist()
     if differing:
