@@ -112,7 +112,7 @@ def the_constant_divisor_is_the_longest_response(right, *args, max_length=None, 
 
 
 @mistake(
-    "language.objectives.advantages",
+    "language.advantages.advantages",
     "test_objectives.py::test_advantages_are_those_of_loops[loo-none]",
 )
 def the_baseline_holds_the_rows_own_reward(right, reward, group, recipe):
@@ -121,7 +121,7 @@ def the_baseline_holds_the_rows_own_reward(right, reward, group, recipe):
 
 
 @mistake(
-    "language.objectives.advantages",
+    "language.advantages.advantages",
     "test_objectives.py::test_advantages_are_those_of_loops[mean-group]",
 )
 def the_scale_is_that_of_the_batch(right, reward, group, recipe):

@@ -10,7 +10,7 @@ from arrays import N, R, Readings, arrays, swept
 from enumerated import ETAS, SEQUENCES, exact, exact_batch, log_probability, setting
 
 import funcprobe as fp
-from funcprobe.statistics.flags import doubts
+from funcprobe.statistics.doubts import doubts
 
 WEIGHTS = ["sequence", "prefix", "prefix_raw", "none"]
 PER = ["token", "sequence"]

@@ -8,7 +8,7 @@ import torch
 from arrays import N, arrays, swept
 
 import funcprobe as fp
-from funcprobe.statistics.flags import doubts
+from funcprobe.statistics.doubts import doubts
 from funcprobe.statistics.results import Diagnostics
 from funcprobe.statistics.uncertainty import by_group, standard_error
 

@@ -11,7 +11,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.language import objectives
-from funcprobe.language.objectives import advantages
+from funcprobe.language.advantages import advantages
 from funcprobe.language.recipes import RECIPES, Recipe
 
 EXACT = dict(rtol=1e-12, atol=1e-12)

@@ -25,8 +25,8 @@ from ..language.recipes import Recipe
 from ..runtime.distributed import Group
 from ..runtime.serialize import checksum
 from ..statistics.change import entropy_change, entropy_series
+from ..statistics.doubts import doubts
 from ..statistics.estimators import Per, Weights
-from ..statistics.flags import doubts
 from ..training.checkpoint import Checkpoint
 from .about import (
     About,
@@ -36,7 +36,7 @@ from .about import (
     WeightsUnchanged,
     versions,
 )
-from .flags import probe_doubts
+from .doubts import probe_doubts
 from .report import Report
 from .roundoff import Recomputed, noise, recompute_sample
 from .setup import Settings, Setup, prepared, read_inputs

@@ -15,7 +15,7 @@ from ..language.model.split import Model, split
 from ..language.score import Sampling
 from .adapter import Source, load_adapter
 from .folder import read_json
-from .optimizer import (
+from .optimizer_state import (
     AdamwSettings,
     Match,
     adam_state,

@@ -25,7 +25,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 
 from funcprobe.training.checkpoint import load_checkpoint
-from funcprobe.training.optimizer import NO_DECAY
+from funcprobe.training.optimizer_state import NO_DECAY
 
 
 def test_plain_lora_leaves_the_second_group_empty(folder):
