@@ -82,7 +82,7 @@ def a_prefix_weight_holds_its_own_token(right, logp, normalised=True):
     "statistics.estimators.ground",
     "test_estimators.py::test_a_base_weight_of_two_is_the_row_twice[sequence-token]",
 )
-def base_weights_are_forgotten(right, x, response, per, behaviour=None):
+def base_weights_are_forgotten(right, x, response, per, logb=None):
     return right(x, response, per)
 
 

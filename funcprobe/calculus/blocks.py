@@ -108,7 +108,8 @@ def cut(batch: B, rows: RowsPerBlock, lanes: int = 1) -> tuple[Iterable[B], Tens
         lanes: how many parameter points are computed at once.
 
     Returns:
-        The blocks, and the original row of each of their rows, or None if the order is unchanged.
+        The blocks, and the original row of each of their rows, [N] int64, or None if the order is
+        unchanged.
 
     Raises:
         ValueError: `rows` is none of these.
@@ -129,7 +130,7 @@ def cut(batch: B, rows: RowsPerBlock, lanes: int = 1) -> tuple[Iterable[B], Tens
 def fitting(
     run: Callable[[B, int], R], block: B, lanes: int = 1
 ) -> tuple[list[R], tuple[str, ...]]:
-    """``[run(block, lanes)]``, or if memory runs out the same in halves: of rows, then of lanes.
+    """``[run(block, lanes)]``; where memory runs out, in halves of the rows, and then of the lanes.
 
     Each half is one call. So whatever `run` computes together (the base and every learning rate) it
     still computes in the same blocks, and a change of zero stays exactly zero.
@@ -169,7 +170,7 @@ def fitting(
 
 
 def _halve(block: B, lanes: int, reason: str) -> tuple[list[B], int]:
-    """Halves of the rows with all lanes, or of one row with half the lanes."""
+    """The two halves of the rows with all lanes, or a single row with half the lanes."""
     n = size(block)
     if n > 1:
         return list(blocks(block, -(-n // 2))), lanes
@@ -201,6 +202,10 @@ def blockwise(
         batch, rows: see `cut`.
         lanes: how many parameter points are computed at once.
         reverse: whether `run` differentiates in reverse mode, which takes more memory.
+
+    Raises:
+        ValueError: `rows` is none of what `cut` takes.
+        MemoryError: one row at one parameter point does not fit.
     """
     parts, order = cut(batch, rows, lanes * (REVERSE if reverse else 1))
     results: list[R] = []
@@ -247,7 +252,8 @@ def evaluate(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock = None
         fn's output for all N rows.
 
     Raises:
-        ValueError: the output holds nan. The error names the rows.
+        ValueError: the output holds nan (the error names the rows), or `rows` is none of the above.
+        MemoryError: a single row does not fit.
     """
     keep_pages()
     with exact():

@@ -1,4 +1,4 @@
-"""Changes of a function of parameters: vmap over stacked deltas, with the base beside them."""
+"""Changes of a function of parameters at several deltas, computed by vmap in turns of lanes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Options:
             raise ValueError(f"change must be 'direct' or 'increment', not {self.change!r}.")
         if self.change == "direct" and self.matmul is not None:
             raise ValueError(
-                "sweep: matmul= is the precision of increments; a difference of values would drown "
-                "in its rounding. Use change='increment', or leave it out."
+                "matmul= is the precision of increments; a difference of values would drown in the "
+                "rounding of such products. Use change='increment', or leave matmul= out."
             )
         if self.lanes is not None and self.lanes < 1:
             raise ValueError(f"lanes must be a positive number or None, not {self.lanes}.")
@@ -61,10 +61,10 @@ def changes(
     rows: RowsPerBlock = None,
     lanes: int | None = None,
 ) -> tuple[Any, Any]:
-    """``fn(params + delta_k) - fn(params)`` for K stacked deltas, by `vmap`, the base unbatched.
+    """``fn(params + delta_k) - fn(params)`` for K stacked deltas, by `vmap` over the deltas alone.
 
-    The base is one lane of each block, and blocks have a fixed number of lanes, so that a delta of
-    zero gives exactly zero.
+    A delta of zero gives exactly zero. For that, "direct" computes the base as one of the lanes,
+    and every turn has the same number of lanes.
 
     Args:
         fn: a row-separable function ``(params, batch) -> tree`` of tensors with leading N.
@@ -78,14 +78,17 @@ def changes(
         rows: rows per block; "all" makes one block. The default follows from the shapes and
             `lanes`.
         lanes: parameter points per block; for "direct" the base is one of them. 1 is the plain
-            loop. By default the points are spread evenly over turns of at most 8. In float64 a
-            block of odd size takes up to 3 more. Memory grows with ``rows * lanes``, not with K.
+            loop. By default the points are spread evenly over turns of at most 8. In float64
+            "direct" may add up to 3, for the reason in the note [zero is the base]. Memory grows
+            with ``rows * lanes``, not with K.
 
     Returns:
-        ``(base, change)``: fn's output at `params`, and the changes with leading K.
+        ``(base, change)``: fn's output at `params`, leaves [N, ...], and the changes, leaves
+        [K, N, ...].
 
     Raises:
-        ValueError: names or shapes do not fit, deltas are not finite, or the output holds nan.
+        ValueError: names or shapes do not fit, there are no deltas or they are not finite, the
+            output holds nan, or an option is none of the above.
     """
     counts = {len(delta) for delta in deltas.values()}
     if len(counts) > 1:
@@ -116,7 +119,7 @@ class Deltas:
         """The deltas of one turn."""
         turn = (start, before, lanes)
         if turn != self._turn:
-            self._turn, self._held = None, {}  # those before are freed before the next are made
+            self._turn, self._held = None, {}  # so that these are freed before the next are made
             self._held = self._make(*turn)
             self._turn = turn
         return self._held
@@ -194,7 +197,7 @@ def _increments(
 
 
 class _Increment:
-    """``delta -> (base, change)`` on one block of rows. Remembers the operations without a rule."""
+    """``delta -> (base, change)`` on one block of rows. It notes the operations without a rule."""
 
     def __init__(self, fn: RowFn, params: Params, block: Any, options: Options) -> None:
         self.fn, self.params, self.block, self.options = fn, params, block, options

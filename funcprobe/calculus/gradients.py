@@ -77,7 +77,7 @@ def row_gradients(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock =
 
 
 def _gradient(fn: RowFn, params: Params, block: Any) -> Params:
-    """The gradient of fn's sum. `torch.func.grad` would also keep a graph of its backward pass."""
+    """The gradient of fn's sum, for which `torch.func.grad` would also keep a backward graph."""
 
     def total(p: Params) -> Tensor:
         return reduce(torch.add, (leaf.sum() for leaf in leaves(fn(p, block))))

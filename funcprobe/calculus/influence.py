@@ -63,7 +63,7 @@ class _Pair(NamedTuple):
 
 
 class _CuttablePair(NamedTuple):
-    """The same for a batch that divides itself."""
+    """A pair like `_Pair`, of a batch that divides itself."""
 
     batch: Any
     cotangent: Tree

@@ -4,11 +4,11 @@ A change vanishes at eta = 0, so g(eta) = change / eta is as smooth as the chang
 0 is the derivative. Interpolating g keeps full relative accuracy for tiny eta.
 
 The nodes are Leja points. Each lies where the product of the distances to the nodes before it is
-largest, and so is the error of their interpolant. Before it is used, each new node measures the
-current interpolant's error where that error is largest, so no evaluation is spent on tests alone.
-These errors fall at a rate that the nearest singularity of each row sets, and each row gets as many
-nodes as it needs. Trefethen, Approximation Theory and Approximation Practice (2013), chapters 5 and
-8; Reichel, BIT 30 (1990), 332-346.
+largest, which is about where the error of their interpolant is largest too. So before it is used,
+each new node measures that error, and no evaluation is spent on tests alone. These errors fall at a
+rate that the nearest singularity of each row sets, and each row gets as many nodes as it needs.
+Trefethen, Approximation Theory and Approximation Practice (2013), chapters 5 and 8; Reichel, BIT 30
+(1990), 332-346.
 """
 
 import math
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .tree import Tree, leaves, merge, tree_map
 
-EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source
+EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source; by law a change is 0 at eta = 0
 
-FIRST = 4  # evaluations at first
-_MOST = 33  # evaluations at most
+FIRST = 4  # the evaluations that "auto" begins with
+_MOST = 33  # the evaluations that it makes at most
 
 
 class Interpolated(NamedTuple):
@@ -32,14 +32,14 @@ class Interpolated(NamedTuple):
     change: Tree  # leaves [K, N, ...]
     bound: Tensor  # [K] float64, on the interpolation's error in any element
     source: Tensor  # [K] int8: EVALUATED, INTERPOLATED or LAW
-    notes: tuple[Any, ...]  # what each evaluation noted, in their order
+    notes: tuple[Any, ...]  # the note of each call of `at`, in their order
 
 
 class _State(NamedTuple):
     """The rows whose interpolants are not good enough yet. There are M of them."""
 
-    nodes: Tensor  # [n + 1] float64, where they were evaluated; the first is 0
-    rows: Tensor  # [M] their indices
+    nodes: Tensor  # [n + 1] float64, where the rows were evaluated; the first is 0
+    rows: Tensor  # [M] the rows' indices
     values: Tree  # change / eta at the nodes, leaves [n + 1, M, ...]
     errors: Tensor  # [n, M] of the interpolants through 1, ..., n nodes, each at the next node
     largest: float  # the largest |change / eta| so far, of any row
@@ -68,7 +68,7 @@ def interpolate(
 ) -> Interpolated:
     """Computes changes at many etas from their values at few.
 
-    The bound is four times the error that the errors at the nodes let expect, and includes
+    The bound is four times the error that is expected from the errors at the nodes, plus the
     rounding.
 
     Args:
@@ -79,7 +79,7 @@ def interpolate(
         etas: [K] float64, where the changes are wanted; not all are 0.
         degree: the degree of the polynomial in change / eta. None adds nodes, to the rows that need
             them, until every element's error is below `tol` times the largest change / eta.
-        tol: see `degree`. At least `rounding` is taken.
+        tol: see `degree`. If `rounding` is larger, it takes the place of `tol`.
         rounding: the relative error of the changes themselves, if it is more than their dtype's.
             Adding nodes cannot reduce the error below this.
 
@@ -113,9 +113,9 @@ def interpolate(
 
 
 def check_nodes(where: str, nodes: int | str | None, tol: float = 0.0) -> None:
-    """Raises ValueError unless `nodes` and `tol` say how to interpolate a curve, or not to."""
+    """Raises ValueError unless `nodes` is None, "auto" or a degree >= 3, and `tol` is >= 0."""
     if nodes not in (None, "auto") and not (isinstance(nodes, int) and nodes >= 3):
-        raise ValueError(f"{where}: nodes must be None, 'auto' or a degree from 3, not {nodes!r}.")
+        raise ValueError(f"{where}: nodes must be None, 'auto' or a degree >= 3, not {nodes!r}.")
     if not 0 <= tol < math.inf:
         raise ValueError(f"{where}: tol must be finite and not negative, not {tol}.")
 
@@ -174,7 +174,7 @@ def _converged(state: _State, degree: int | None, tol: float) -> _Check:
 
 
 def _refuse_rough(state: _State, check: _Check, etas: Tensor, tol: float) -> None:
-    """Raises ValueError if no polynomial will do."""
+    """Raises ValueError if a value is infinite, or if the most nodes do not reach `tol`."""
     low, high = _range(etas)
     if not math.isfinite(state.largest):
         raise ValueError(
@@ -185,9 +185,9 @@ def _refuse_rough(state: _State, check: _Check, etas: Tensor, tol: float) -> Non
         raise ValueError(
             f"sweep: the curve over [{low:.3g}, {high:.3g}] is not smooth enough for "
             f"nodes='auto': with {_MOST} nodes its relative error is "
-            f"{float(check.error.max()) / state.largest:.1e}, {tol:.0e} was asked for. Narrow the "
-            "range, raise tol, or leave nodes out. Differences of float32 values are rough "
-            "themselves, change='increment' is not."
+            f"{float(check.error.max()) / state.largest:.1e}, but {tol:.0e} was asked for. Narrow "
+            "the range, raise tol, or leave nodes out. Differences of float32 values are rough "
+            "themselves; increments (change='increment') are not."
         )
 
 

@@ -16,7 +16,7 @@ from .tree import Params, Tree, all_concrete, check_direction, concatenate, size
 
 __all__ = ["Sweep", "changes", "join", "sweep", "sweep_blocks"]
 
-_ROUNDING = {"tf32": 2**-7, "bfloat16": 2**-4}  # relative, of changes by such products
+_ROUNDING = {"tf32": 2**-7, "bfloat16": 2**-4}  # relative error of changes by such products
 
 
 def sweep(
@@ -40,20 +40,24 @@ def sweep(
         fn: a row-separable function ``(params, batch) -> tree`` of tensors with leading N.
         params: the trainable parameters.
         v: a direction with exactly their names and shapes.
-        etas: K learning rates, of any sign, in the unit that v is relative to.
+        etas: K learning rates, of any sign. v is the change of the parameters per unit of eta.
         batch: a tree of tensors with leading N.
-        nodes: None evaluates every eta. A degree, or "auto", interpolates change / eta between that
-            many nodes in the range of the etas and 0, and its derivative at 0. So a curve of any
-            length takes four evaluations or more: of each row as many as `tol` needs. `bound` is in
-            the unit of the output.
-        tol: the error that "auto" allows, relative to the largest change / eta of a block, or the
-            rounding floor, whichever is larger (8e-6 in float32, 0.8% with products in tf32, 6% in
-            bfloat16).
+        nodes: None evaluates every eta. A degree of at least 3 interpolates change / eta through
+            that many nodes in the range of the etas and 0, and through the derivative at 0. "auto"
+            takes 4 to 33 nodes, for each row as many as `tol` needs, however many etas there are.
+            The result's `bound` is in the unit of the output.
+        tol: the error that "auto" allows, relative to the largest change / eta of any row of the
+            batch, or the rounding floor, whichever is larger (8e-6 in float32, 0.8% with products
+            in tf32, 6% in bfloat16).
         change, matmul, rules, rows, lanes: see `changes`.
 
+    Returns:
+        The base, the changes and where each of them comes from; see `Sweep`.
+
     Raises:
-        ValueError: names or shapes do not fit, v or etas are not finite, the output holds nan,
-            "auto" cannot interpolate the curve to `tol`, or `nodes` or `tol` is none of the above.
+        ValueError: names or shapes do not fit, v or etas are not finite, there are no etas, the
+            output holds nan, "auto" cannot interpolate the curve to `tol`, or an option is none of
+            the above.
     """
     options = Options(change, matmul, rules, rows, lanes)
     return _swept(_line(fn, params, v, etas, options, nodes, tol), batch)
@@ -76,8 +80,18 @@ def sweep_blocks(
 ) -> Iterator[Sweep]:
     """One `Sweep` per block of rows, each when it is ready.
 
-    This is for ragged rows, progress bars and resuming. It takes what `sweep` takes, with blocks of
-    rows instead of a batch.
+    This is for ragged rows, progress bars and resuming.
+
+    Args:
+        parts: the blocks of rows, each a tree of tensors with its rows leading.
+        fn, params, v, etas, change, nodes, tol, matmul, rules, rows, lanes: see `sweep`.
+
+    Returns:
+        An iterator over the sweeps, which `join` puts together.
+
+    Raises:
+        ValueError: what `sweep` raises. The arguments are checked at once, the values of each block
+            when it is swept.
 
     >>> blocks, order = batch.cut(4096)                                      # doctest: +SKIP
     >>> result = join(sweep_blocks(fn, params, v, etas, blocks), order)      # doctest: +SKIP
@@ -172,8 +186,8 @@ def _from_zero(line: _Line, points: Tensor, batch: Any) -> Changes:
         base, slope = derivative()
         run = _quotients(line, points[1:], batch, base)
         return run._replace(change=concatenate([slope, run.change]))
-    # One rounding away from 0 an increment is as exact as the derivative there, and cheaper. An
-    # increment that falls back to a subtraction would drown there.
+    # One rounding away from 0 an increment is as exact as the derivative there, and cheaper. If an
+    # operation falls back to a subtraction, its change there is nothing but rounding.
     finest = min(torch.finfo(p.dtype).eps for p in line.params.values())
     run = _quotients(line, points.where(points != 0, finest * line.etas.abs().max()), batch)
     if not run.fallbacks:

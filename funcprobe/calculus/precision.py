@@ -45,10 +45,11 @@ def exact(*, alone: bool = False) -> Iterator[None]:
 
 @contextmanager
 def products(precision: str) -> Iterator[None]:
-    """Computes float32 matrix products in "tf32" where the hardware has it, as before afterwards.
+    """Within the scope, float32 products are computed in `precision` if the hardware has it.
 
-    The setting belongs to the process, and two threads cannot have different ones. So the scope
-    waits until no other thread is inside `exact` or `products`, and keeps others out until it ends.
+    `precision` is torch's name of it, such as "tf32". Afterwards the setting is what it was. The
+    setting belongs to the process, and two threads cannot have different ones. So the scope waits
+    until no other thread is inside `exact` or `products`, and keeps others out until it ends.
 
     Raises:
         RuntimeError: this thread and another are both inside `exact` and both ask to be alone, so
@@ -59,7 +60,7 @@ def products(precision: str) -> Iterator[None]:
 
 
 def settings() -> dict[str, str]:
-    """The effective settings here, for a report: the products' precision by device, autocast."""
+    """The settings in effect, for a report: the precision of products and autocast, by device."""
     return {
         "float32 matmul cuda": torch.backends.cuda.matmul.fp32_precision,
         "float32 matmul cpu": _MKLDNN.matmul.fp32_precision,

@@ -87,7 +87,10 @@ def join(parts: Iterable[Any], order: Tensor | None = None) -> Any:
 def _join_sweeps(sweeps: Sequence[Sweep], order: Tensor | None) -> Sweep:
     first = sweeps[0]
     if any(not torch.equal(first.etas, other.etas) for other in sweeps[1:]):
-        raise ValueError("join: the sweeps must share their etas; these are of different ones.")
+        raise ValueError(
+            "join: the sweeps must share their etas, but theirs are different. Join the blocks of "
+            "one sweep at a time."
+        )
     return Sweep(
         etas=first.etas,
         base=merge([s.base for s in sweeps], order),

@@ -88,9 +88,13 @@ def adamw(
         max_grad_norm: the norm over all gradients is clipped to this, as `clip_grad_norm_` does.
             None or 0 means no clipping, as in the Trainer.
 
+    Returns:
+        The step: momentum, decay and scale have the shapes and dtypes of `params`.
+
     Raises:
         ValueError: names or shapes do not fit; a gradient, moment or count is not finite; every
-            gradient is None; every rate is 0; or `max_grad_norm` is negative.
+            gradient is None; no rate is positive; a dict of settings lacks a name; `amsgrad` is set
+            and the state has no `nu_max`; or `max_grad_norm` is negative.
     """
     moving = _check_adamw(grads, params, state, amsgrad)
     rates, reference = _rates("adamw", lr, params)
@@ -199,16 +203,19 @@ def sgd(
               \ (\text{Nesterov: } -\rho \, (d + \mu b')).
 
     Args:
-        grads: the gradient, of all names.
+        grads: the gradient of every parameter.
         params: the parameters, which decay.
         buffer: the momentum buffer before the step; None at the first step.
         lr, weight_decay: a float, or a dict of floats by parameter name.
         momentum, dampening, nesterov: mu, tau and the variant, as ``torch.optim.SGD`` takes them.
         max_grad_norm: the norm over all gradients is clipped to this; None or 0 means no clipping.
 
+    Returns:
+        The step: momentum, decay and scale have the shapes and dtypes of `params`.
+
     Raises:
-        ValueError: names or shapes do not fit, a value is not finite, every rate is 0, or
-            `max_grad_norm` is negative.
+        ValueError: names or shapes do not fit, a value is not finite, no rate is positive, a dict
+            of settings lacks a name, or `max_grad_norm` is negative.
     """
     check_direction("sgd (grads)", grads, params)
     if buffer is not None:
@@ -244,6 +251,9 @@ def direction(step: Affine, grads: Grads) -> Params:
     Args:
         step: from `adamw` or `sgd`.
         grads: the gradient that the step was made from, unclipped.
+
+    Returns:
+        v, with the names, shapes and dtypes of the step's parameters.
 
     Raises:
         ValueError: names or shapes are not the step's.
@@ -341,7 +351,7 @@ def _amount(params: Params) -> str:
 
 
 def _figure(x: Tensor) -> str:
-    """A number; its shape where there are several, or where a transform has wrapped it."""
+    """A number as text, or a shape if there are several numbers or a transform has wrapped them."""
     return f"{float(x):.4g}" if concrete(x) and x.ndim == 0 else str(list(x.shape))
 
 
@@ -351,7 +361,7 @@ def _norm(params: Params) -> str:
 
 
 def _range(counts: Params) -> str:
-    """The smallest and the largest count, or one where they agree."""
+    """The smallest and the largest count as text, or the one that all share."""
     if not counts or not all(concrete(c) for c in counts.values()):
         return "unknown"
     least, most = (f"{float(f(c.max() for c in counts.values())):g}" for f in (min, max))

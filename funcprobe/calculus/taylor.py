@@ -31,7 +31,8 @@ def taylor(
         params: the trainable parameters.
         v: a direction with exactly their names and shapes.
         batch: a tree of tensors with leading N.
-        order: the highest derivative; order M costs little over M + 1 evaluations of fn.
+        order: the highest derivative, at least 1. Where most weights are frozen, order M costs
+            little over M + 1 evaluations of fn.
         rows: rows per block; "all" makes one block. The default follows from the shapes.
 
     Returns:
@@ -39,11 +40,12 @@ def taylor(
         batch has them. Inside another transform, which knows no `Terms`, it is a plain tuple.
 
     Raises:
-        ValueError: names or shapes do not fit, v is not finite, or a derivative holds nan.
+        ValueError: names or shapes do not fit, v is not finite, a derivative holds nan, or `order`
+            is below 1.
 
-    >>> square = lambda p, x: x * p["a"] ** 3
+    >>> cube = lambda p, x: x * p["a"] ** 3
     >>> at, along = {"a": torch.tensor(2.0)}, {"a": torch.tensor(1.0)}
-    >>> [float(term) for term in taylor(square, at, along, torch.ones(1), order=2)]
+    >>> [float(term) for term in taylor(cube, at, along, torch.ones(1), order=2)]
     [8.0, 12.0, 12.0]
     """
     if order < 1:

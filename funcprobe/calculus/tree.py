@@ -92,7 +92,11 @@ def add_scaled(a: Params, b: Params, scale: float | Tensor = 1.0) -> Params:
 
 
 def dot(a: Params, b: Params) -> Tensor:
-    """The inner product of two dicts with the same names, [] float64, summed in float64."""
+    """The inner product of two dicts with the same names and shapes, [] float64.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
     check_names("dot", b, a)
     products = ((a[name].double() * b[name].double()).sum() for name in a)
     return sum(products, torch.zeros((), dtype=torch.float64))
@@ -104,7 +108,10 @@ def norm(a: Params) -> Tensor:
 
 
 def stack(trees: Sequence[Params]) -> Params:
-    """Stacks K dicts with the same names into one, whose tensors lead with K.
+    """Stacks K dicts with the same names and shapes into one, whose tensors lead with K.
+
+    Raises:
+        ValueError: names or shapes differ.
 
     >>> stack([{"a": torch.zeros(2)}, {"a": torch.ones(2)}])["a"].shape
     torch.Size([2, 2])
@@ -142,7 +149,7 @@ def check_names(where: str, given: Params, expected: Params) -> None:
 
 
 def check_direction(where: str, v: Params, params: Params) -> None:
-    """`check_names`, and every value of `v` must be finite, as far as it can be read here."""
+    """Does `check_names`, and raises ValueError if a readable value of `v` is not finite."""
     check_names(where, v, params)
     bad = [name for name in sorted(v) if concrete(v[name]) and not _finite(v[name])]
     if bad:
@@ -209,7 +216,11 @@ def blocks(batch: T, rows: int) -> Iterator[T]:
 
 
 def size(batch: Tree) -> int:
-    """The number of rows N that every leaf of the batch leads with."""
+    """The number of rows N that every leaf of the batch leads with.
+
+    Raises:
+        ValueError: the leaves lead with different numbers, or there are none.
+    """
     sizes = {len(leaf) for leaf in leaves(batch)}
     if len(sizes) != 1:
         raise ValueError(f"every leaf of a batch must lead with the same N, found {sorted(sizes)}.")

@@ -1,1 +1,1 @@
-"""Estimates and their errors from arrays. Sees no model."""
+"""Estimates and their errors, computed from arrays. It knows no models."""

@@ -44,11 +44,11 @@ def entropy_change(
     clip: float | None = None,
     smooth: bool = False,
 ) -> Estimate:
-    r"""The change of entropy at each eta from rows drawn at the base policy, by SNIS.
+    r"""The change of entropy at each eta from rows drawn at the base policy.
 
-    Let l be the change of a token's log-probability and ``w = 1 + e`` the weight of a row, with
-    ``e_i = expm1(sum_k l_ik)``; h and T are a row's summed entropy and its length, and dh is the
-    change of h. Then
+    It is estimated by self-normalised importance sampling (SNIS). Let l be the change of a token's
+    log-probability and ``w = 1 + e`` the weight of a row, with ``e_i = expm1(sum_k l_ik)``; h and T
+    are a row's summed entropy and its length, and dh is the change of h. Then
 
     .. math:: \Delta H = \frac{\sum w \, dh + \sum e (h - R T)}{\sum w T}, \quad
               R = \sum h / \sum T,
@@ -57,17 +57,17 @@ def entropy_change(
     that at 0, formed from differences, so that nothing cancels at small eta. The ratio has a bias
     of O(eta / N); the entropy of each token is exact given its prefix. All sums are in float64.
 
-    Prefix weights weight each token by its prefix alone, on which both its entropy and its being
-    there depend: ``omega_ik = exp(sum_{j<k} l_ij)``, which stays as it is after the row's end, over
-    its mean at position k over all rows. With ``r = omega / mean(omega) - 1`` and a = 1 while the
-    row lives,
+    Prefix weights weight each token by its prefix alone, which decides both its entropy and whether
+    the row reaches it: ``omega_ik = exp(sum_{j<k} l_ij)``, which stays as it is after the row's
+    end, over its mean at position k over all rows. With ``r = omega / mean(omega) - 1``, a = 1
+    while the row lives, and H and dH a token's entropy and its change,
 
     .. math:: \Delta H = \frac{\sum a (1 + r) \, dH + \sum a r (H - R)}{\sum T + \sum a r},
               \quad \text{per sequence } \frac{1}{N} \sum a [(1 + r) \, dH + r H].
 
-    They usually have the smaller error; `compare` shows both on your own batch. "prefix_raw" has
-    ``r = omega - 1``, which is unbiased per sequence. The diagnostics, ESS and k-hat among them,
-    are always those of the sequence weights.
+    Prefix weights usually have the smaller error; `compare` shows both on your own batch.
+    "prefix_raw" has ``r = omega - 1``, which is unbiased per sequence. The diagnostics, ESS and
+    k-hat among them, are always those of the sequence weights.
 
     Any quantity can take the place of the entropy: scores with a field `value` instead of `entropy`
     give its change, on the same terms. Prefix weights need it to depend on the prefix alone. A
@@ -100,8 +100,8 @@ def entropy_change(
         The changes with their influence values, errors and diagnostics, on the CPU.
 
     Raises:
-        ValueError: the batch is not that of the sweep, or holds a token of probability 0; options
-            that do not go with the weights.
+        ValueError: the batch is not that of the sweep or holds a token of probability 0,
+            `behaviour` lacks a response token, or an option does not go with the weights.
 
     >>> import torch, types
     >>> score = lambda l, h: types.SimpleNamespace(logp=torch.tensor(l), entropy=torch.tensor(h))
@@ -114,7 +114,7 @@ def entropy_change(
     estimator = Estimator(weights, per, behaviour, control)
     _check_moderation(weights, clip, smooth)
     inputs = read("entropy_change", sweep.base, batch, estimator, sweep)
-    changes = _changes(sweep, inputs, _adjustment(inputs.behaviour, clip, smooth))
+    changes = _changes(sweep, inputs, _adjustment(inputs.logb, clip, smooth))
     base = base_sums(inputs.ground)
     return Estimate(
         etas=sweep.etas.cpu(),
@@ -143,8 +143,8 @@ def entropy_series(
     The first order per token is ``(1 / sum T) sum_i [dh_i + (h_i - R T_i) S_i]``, with S a row's
     summed derivative of log-probability. It is the limit of ``Delta H(eta) / eta``, noise included.
     With prefix weights it is ``(1 / sum T) sum a [dH + (H - R) (c - mean c)]``, with c the
-    derivative summed over the tokens before, and its mean over all rows. Like `entropy_change`, it
-    takes any quantity that the scores hold as `value`.
+    derivative of log-probability summed over the tokens before, and mean c its mean over all rows.
+    Like `entropy_change`, it takes any quantity that the scores hold as `value`.
 
     Args:
         terms: from `taylor`: the scores and their derivatives, orders 0..M.
@@ -156,7 +156,8 @@ def entropy_series(
         The derivatives of orders 1..M with their influence values, on the CPU.
 
     Raises:
-        ValueError: the batch is not that of the terms, or holds a token of probability 0.
+        ValueError: the batch is not that of the terms or holds a token of probability 0, or an
+            option is not one that `entropy_change` takes.
     """
     base, *derivatives = terms
     estimator = Estimator(weights, per, behaviour, control)
@@ -202,7 +203,8 @@ def entropy_covector(
         The same type as `scores`, arrays [N, R] of its dtype, on its device; 0 off the response.
 
     Raises:
-        ValueError: the batch is not that of the scores, or holds a token of probability 0.
+        ValueError: the batch is not that of the scores or holds a token of probability 0, or an
+            option is not one that `entropy_change` takes.
     """
     estimator = Estimator(weights, per, behaviour, control)
     inputs = read("entropy_covector", scores, batch, estimator, scores)
@@ -223,27 +225,27 @@ def _check_moderation(weights: Weights, clip: float | None, smooth: bool) -> Non
     if weights != "sequence":
         raise ValueError(
             f"entropy_change: clip and smooth act on sequence weights, these are {weights!r}. "
-            "Use weights='sequence', or leave them out."
+            "Use weights='sequence', or leave clip= and smooth= out."
         )
     if clip is not None and (smooth or not clip > 0):
         raise ValueError(
             f"entropy_change: a positive weight was expected as clip=, without smooth, not "
-            f"clip={clip}, smooth={smooth}. Choose one of the two."
+            f"clip={clip}, smooth={smooth}. Pass clip= above 0 or smooth=True, one of the two."
         )
 
 
 def _adjustment(
-    behaviour: Tensor, clip: float | None, smooth: bool
+    logb: Tensor, clip: float | None, smooth: bool
 ) -> Callable[[Tensor], Tensor] | None:
     """What clipping or smoothing makes of log weights [..., N]; None if they stay as they are.
 
-    Both act on the product with the base weights, whose logarithm is `behaviour` [N].
+    Both act on the product with the base weights, whose logarithm is `logb` [N].
     """
     if smooth:
-        return lambda logw: pareto_smooth(logw + behaviour) - behaviour
+        return lambda logw: pareto_smooth(logw + logb) - logb
     if clip is not None:
         top = math.log(clip)
-        return lambda logw: (logw + behaviour).clamp(max=top) - behaviour
+        return lambda logw: (logw + logb).clamp(max=top) - logb
     return None
 
 
@@ -273,7 +275,7 @@ def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Ten
     shift = log_weights(sweep.change.logp, inputs.ground.response)
     if inputs.estimator.weights == "none":
         shift = torch.zeros_like(shift)
-    logw = shift + inputs.behaviour
+    logw = shift + inputs.logb
     top = math.inf if clip is None else math.log(clip)
     return Diagnostics(
         ess=effective_sample_size(logw).cpu(),
@@ -283,7 +285,7 @@ def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Ten
         mean_weight_z=mean_weight_z(logw, inputs.group).cpu(),
         spread=logw.std(-1, correction=0).cpu(),
         largest_share=largest_share(logw).cpu(),
-        kl=kl(shift, inputs.behaviour).cpu(),
+        kl=kl(shift, inputs.logb).cpu(),
         clipped=(logw > top).double().mean(-1).cpu(),
         adjusted=adjusted,
     )

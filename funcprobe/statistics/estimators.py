@@ -81,7 +81,7 @@ class Estimator:
         return self.behaviour is not None
 
     def differences(self, other: "Estimator") -> dict[str, str]:
-        """In what two estimators differ: each setting's name, and how the two have it.
+        """The settings in which two estimators differ: for each its name, and what the two have.
 
         Tensors are compared by value, nan equal to nan, over the positions that both have: an
         estimator reads those of the responses alone, and checks that it has them all.
@@ -134,7 +134,7 @@ class Sums(NamedTuple):
         return self.combine(self.terms.sum(-2))
 
     def influence(self, sums: Tensor | None = None) -> Tensor:
-        """Influence values by row, over n, [..., N], with the gradient of T at `sums` if given."""
+        """The rows' influence values over N, [..., N]. T's gradient is taken at `sums` if given."""
         at = self.terms.sum(-2) if sums is None else sums
         slope = grad(lambda s: self.combine(s).sum())(at)
         return (self.terms * slope.unsqueeze(-2)).sum(-1)
@@ -143,8 +143,8 @@ class Sums(NamedTuple):
 class Ground(NamedTuple):
     """The rows at the base policy, which do not depend on eta.
 
-    The level R is subtracted from x before anything is summed: it drops out of every change, and
-    otherwise large sums would cancel.
+    The level R is subtracted from x before sums are taken, since it drops out of the change, and
+    otherwise large sums would cancel. Prefix weights per sequence keep it: there it does not.
     """
 
     response: Tensor  # [N, R] bool
@@ -155,11 +155,11 @@ class Ground(NamedTuple):
     per: Per
 
 
-def ground(x: Tensor, response: Tensor, per: Per, behaviour: Tensor | None = None) -> Ground:
-    """The rows at the base policy, from x [N, R] and log base weights [N]."""
+def ground(x: Tensor, response: Tensor, per: Per, logb: Tensor | None = None) -> Ground:
+    """The rows at the base policy, from x [N, R] and log base weights [N]; None is on policy."""
     x = torch.where(response, x.double(), 0.0)
     size = response.sum(-1).double() if per == "token" else torch.ones_like(x[:, 0])
-    weight = torch.ones_like(size) if behaviour is None else (behaviour - behaviour.max()).exp()
+    weight = torch.ones_like(size) if logb is None else (logb - logb.max()).exp()
     level = (weight * x.sum(-1)).sum() / (weight * size).sum()
     return Ground(response, x, size, level, weight, per)
 
@@ -210,10 +210,11 @@ def _by_sequence(g: Ground, logw: Tensor, dx: Tensor) -> Sums:
 
 
 class _PrefixSums(NamedTuple):
-    """What prefix weights are summed to over rows; a = 1 while a row lives, u its x less the level.
+    """What each row adds to the sums of prefix weights, or these sums.
 
-    The last five are [..., R] with one sum a position where weights are normalised at each
-    position, and [..., 1] where they are not.
+    a is 1 while a row lives; u is its x, less the level if the estimate is per token. The last five
+    are [..., R] with one sum a position where weights are normalised at each position, and [..., 1]
+    where they are not.
     """
 
     n: Tensor  # [..., 1] rows
@@ -240,7 +241,7 @@ class _PrefixSums(NamedTuple):
 def _by_prefix(
     g: Ground, logp: Tensor, dx: Tensor, normalised: bool, control: Tensor | None
 ) -> Sums:
-    """``sum a [(1 + r) dx + r (x - R)]`` over ``sum T + sum a r``, r from sums at each position."""
+    """``sum a [(1 + r) dx + r (x - R)] / (sum T + sum a r)``, per token; see `entropy_change`."""
     per_token = g.per == "token"
     alive = g.response.double()
     r, rho = prefix_weights(logp, normalised)
@@ -270,7 +271,10 @@ def _by_prefix(
 
 
 def scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
-    """w and e = w - 1, both over the largest weight where that exceeds 1: neither overflows."""
+    """w and e = w - 1, over the largest weight where that exceeds 1, so that neither overflows.
+
+    Where all weights are below 1/e, both are over the largest too, and e is w without the -1.
+    """
     largest = logw.amax(-1, keepdim=True).detach()
     # Where all weights are small, w - 1 rounds as 1 does and w may underflow. There w is scaled up
     # and the 1 of w - 1 is dropped, since a constant in e cancels from the change and from psi.
@@ -278,15 +282,15 @@ def scaled_weights(logw: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.where(tiny, largest, largest.clamp(min=0))
     w = (logw - c).exp()
     one = (-c.clamp(min=0)).exp()
-    # expm1 is exact at small changes; where it would overflow the one is below rounding.
+    # expm1 is exact at small changes; where it would overflow, the 1 is below rounding.
     e = torch.where(logw > 30, w - one, one * torch.expm1(logw.clamp(max=30)))
     return w, torch.where(tiny, w, e)
 
 
 def prefix_weights(logp: Tensor, normalised: bool = True) -> tuple[Tensor, Tensor]:
-    """Importance weights of the tokens before each, less 1 and as they are, [..., N, R].
+    """The importance weights of each token's prefix, less 1 and as they are, both [..., N, R].
 
-    Normalised, they are over their mean over all rows at each position.
+    If `normalised`, they are first divided by their mean over all rows at each position.
     """
     before = logp.cumsum(-1) - logp
     if not normalised:

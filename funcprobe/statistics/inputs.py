@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     estimator: Estimator
     ground: Ground
     group: Tensor  # [N] the prompt of each row
-    behaviour: Tensor  # [N] log base weights, 0 on policy
+    logb: Tensor  # [N] log base weights, 0 on policy
     control: Tensor | None  # [N, R] the control variate, as wide as the scores
     quantity: Quantity
 
@@ -62,7 +62,7 @@ def read(function: str, base: Scored, batch: Rows, estimator: Estimator, source:
     """The rows at the base policy.
 
     Args:
-        function: whose inputs these are; its name stands in the errors.
+        function: the name of the caller, for the errors.
         base: scores [N, R] at the base policy.
         batch: gives response [N, R] and group [N].
         estimator: the estimator's settings.
@@ -90,9 +90,9 @@ def check_rows(function: str, source: object, batch: Rows) -> None:
     """Refuses scores of other rows than the batch's, where both can tell their rows apart.
 
     Args:
-        function: named in the error.
-        source: a sweep or terms; `row_hashes` [N], where it has them, identify its rows.
-        batch: its method `row_hashes`, where it has one, gives those of its rows.
+        function: the name of the caller, for the error.
+        source: a sweep or terms, whose `row_hashes` [N], if it has any, identify its rows.
+        batch: a batch, whose method `row_hashes`, if it has one, gives those of its rows.
 
     Raises:
         ValueError: some rows differ.
@@ -118,7 +118,11 @@ def check_rows(function: str, source: object, batch: Rows) -> None:
 
 
 def quantity(scores: Scored) -> Quantity:
-    """The field that is estimated: "entropy", or "value" where a scorer reads something else."""
+    """The field that is estimated: "entropy", or "value" where a scorer reads something else.
+
+    Raises:
+        ValueError: the scores have neither.
+    """
     if hasattr(scores, "entropy"):
         return "entropy"
     if hasattr(scores, "value"):

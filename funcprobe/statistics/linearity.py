@@ -61,13 +61,13 @@ def ratio(change: Estimate, series: Series) -> Ratio:
 
 
 class Linearity(NamedTuple):
-    """How far the line through 0 holds. Prints as a sentence."""
+    """How far the line through 0 holds. It prints as a sentence."""
 
     etas: Tensor  # [K]
     ratio: Tensor  # [K] change / (eta slope) - 1
     psi: Tensor  # [K, G] its influence values, of change and slope jointly
-    low: Tensor  # [K] the band, simultaneous over the points that are not excluded; nan there
-    high: Tensor  # [K]
+    low: Tensor  # [K] the band, which covers all points at once; nan where one is excluded
+    high: Tensor  # [K] its upper end
     excluded: tuple[str, ...]  # [K] why a point was left out; "" where it was not
     verdicts: tuple[Verdict, ...]  # [K] by the band at that point; "inconclusive" where left out
     holds: float  # the line holds up to this |eta|; 0 if nowhere
@@ -158,7 +158,7 @@ def linearity(
     seed: int = 0,
     floor: float | None = None,
 ) -> Linearity:
-    r"""Up to which eta the change stays within a tolerance of the line through its slope.
+    r"""Up to which eta the change stays within a tolerance of the line with its slope.
 
     ``r(eta) = Delta H / (eta slope) - 1`` has joint influence values, in which noise that change
     and slope share cancels, and a band around it that covers all points at once (see `band`). The
@@ -166,8 +166,8 @@ def linearity(
     within the tolerance; it fails from the first whose whole band lies outside; between the two
     nothing is sure. Both signs of eta must hold, each from 0 outwards.
 
-    Points whose k-hat is above its limit and points below `floor` are left out, and all of them
-    where the slope is within its error of 0 or where there is one prompt; each has its reason. The
+    Points at eta = 0, below `floor`, or with k-hat above its limit are left out, and so are all
+    points if the slope is within its error of 0 or there is one prompt; `excluded` says why. The
     band is of first order in the noise (delta method), and its level is approximate below about 30
     prompts.
 
@@ -179,8 +179,11 @@ def linearity(
         draws, seed: of the band's multiplier bootstrap.
         floor: ``|eta|`` below which rounding drowns the change; None if there is none.
 
+    Returns:
+        The ratio with its band, the verdicts, and up to where the line holds.
+
     Raises:
-        ValueError: tolerance or level out of range; what `ratio` raises.
+        ValueError: `tolerance` or `level` is out of range, or `ratio` raises.
     """
     if not (tolerance > 0 and 0 < level < 1):
         raise ValueError(

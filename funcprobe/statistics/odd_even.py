@@ -11,7 +11,7 @@ from .uncertainty import standard_error
 
 
 class OddEven(NamedTuple):
-    """Odd and even parts of the change at pairs +-eta; prints as a line for each pair."""
+    """Odd and even parts of the change at pairs +-eta. It prints as a line for each pair."""
 
     etas: Tensor  # [P] positive, ascending
     slope: Tensor  # [P] odd part over eta: the slope plus O(eta^2)
@@ -55,10 +55,13 @@ def odd_even(change: Estimate) -> OddEven:
     """Slope and curvature from symmetric learning rates, without a derivative.
 
     ``[D(eta) - D(-eta)] / (2 eta)`` and ``[D(eta) + D(-eta)] / eta^2`` are the law's own slope and
-    curvature up to O(eta^2), with the error that both signs share.
+    curvature up to O(eta^2). The errors include the correlation of the two signs.
 
     Args:
         change: from `entropy_change`; some of its etas come with both signs.
+
+    Returns:
+        Both at each of the P pairs, ascending in eta.
 
     Raises:
         ValueError: no eta comes with both signs.

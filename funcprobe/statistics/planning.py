@@ -30,8 +30,8 @@ def prompts_needed(pilot: Estimate | Series, eta: float, relative_error: float) 
         relative_error: the wanted standard error over the change, such as 0.1.
 
     Raises:
-        ValueError: the pilot has one prompt and so no error, or no change at `eta`, or it was not
-            swept there.
+        ValueError: the pilot has one prompt and so no error, has no change at `eta`, or was not
+            swept there; or `relative_error` is not positive.
     """
     value, error = _predicted(pilot, eta) if isinstance(pilot, Series) else _swept(pilot, eta)
     g = pilot.psi.shape[-1]
@@ -45,7 +45,7 @@ def prompts_needed(pilot: Estimate | Series, eta: float, relative_error: float) 
             f"prompts_needed: a change other than 0 and a positive relative error were expected, "
             f"not {float(value)} and {relative_error}. Choose an eta other than 0."
         )
-    # Rounded first: 25 prompts times exactly 4 must not become 101.
+    # This is rounded before ceil: 25 prompts times exactly 4 must not become 101.
     return math.ceil(round(g * float(error / (relative_error * value)) ** 2, 9))
 
 
@@ -68,7 +68,7 @@ def _swept(pilot: Estimate, eta: float) -> tuple[Tensor, Tensor]:
 
 
 class Comparison(NamedTuple):
-    """Estimators on one batch; prints a table of their changes and errors."""
+    """Estimators on one batch. It prints as a table of their changes and errors."""
 
     etas: Tensor  # [K]
     estimates: dict[str, Estimate]  # by the name of their weights

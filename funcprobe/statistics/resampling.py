@@ -1,7 +1,7 @@
-"""Jackknife and bootstrap of the estimators over prompts, by reweighting sums: no forwards.
+"""Jackknife and bootstrap of the estimators over prompts, by reweighting sums: no forward passes.
 
-The rows of one prompt are correlated, so that prompts are what is left out and drawn. With a single
-prompt every error is nan.
+The rows of one prompt are correlated, so whole prompts are left out and drawn. With a single prompt
+every error is nan.
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Jackknife(NamedTuple):
 
     etas: Tensor  # [K]
     value: Tensor  # [K] the change
-    bias: Tensor  # [K] estimated; value - bias is corrected
+    bias: Tensor  # [K] the estimated bias; value - bias is the corrected change
     stderr: Tensor  # [K]
     note: str = ""  # why there is no error, if there is none
 
@@ -54,8 +54,8 @@ class Bootstrap(NamedTuple):
     etas: Tensor  # [K]
     value: Tensor  # [K] the change
     stderr: Tensor  # [K] standard deviation of the draws
-    low: Tensor  # [K] ends of the interval at `level`
-    high: Tensor  # [K]
+    low: Tensor  # [K] the lower end of the interval at `level`
+    high: Tensor  # [K] its upper end
     draws: Tensor  # [B, K] the change in each draw
     level: float
     note: str = ""  # why there is no error, or what to mind
@@ -137,23 +137,25 @@ def bootstrap(
     bayesian: bool = False,
     behaviour: Tensor | None = None,
 ) -> Bootstrap:
-    r"""Prompt bootstrap of `entropy_change`, without a forward.
+    r"""Prompt bootstrap of `entropy_change`, without a forward pass.
 
     Each draw weights the prompts by how often they are drawn, with replacement, and evaluates the
     estimator again. The interval is between percentiles of the draws or, studentised, the
-    bootstrap-t ``[T - q_high stderr, T - q_low stderr]``, q quantiles of (T* - T) / stderr*, which
-    is the better one below about 30 prompts. Efron and Tibshirani (1993), chapters 12 and 13.
+    bootstrap-t ``[T - q_high stderr, T - q_low stderr]``, with q the quantiles of
+    ``(T* - T) / stderr*``, which is the better one below about 30 prompts. Efron and Tibshirani
+    (1993), chapters 12 and 13.
 
     Args:
         sweep, batch, weights, per, behaviour: as for `entropy_change`.
-        draws: resamples B.
+        draws: the number B of resamples.
         level: of the intervals.
         seed: of the draws.
-        studentised: bootstrap-t instead of percentiles.
-        bayesian: Dirichlet weights instead of counts, so that no draw drops a prompt (Rubin 1981).
+        studentised: whether to take bootstrap-t instead of percentiles.
+        bayesian: whether to draw Dirichlet weights instead of counts, so that no draw drops a
+            prompt (Rubin 1981).
 
     Raises:
-        ValueError: studentised and bayesian at once; what `entropy_change` raises.
+        ValueError: both `studentised` and `bayesian` are set, or `entropy_change` raises.
     """
     if studentised and bayesian:
         raise ValueError(
@@ -233,7 +235,7 @@ def _by_prompt(function: str, sweep: Swept, batch: Rows, estimator: Estimator) -
 
 
 def _influences(sums: Sums, at: Tensor) -> Tensor:
-    """Influence values [B, G] of prompts whose sums [B, F] are those of B draws."""
+    """The prompts' influence values [B, G], with T's gradient at the sums [B, F] of each draw."""
     slope = torch.func.grad(lambda s: sums.combine(s).sum())(at)
     return slope @ sums.terms.mT
 

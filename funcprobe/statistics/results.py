@@ -34,7 +34,7 @@ class Diagnostics(NamedTuple):
 class Estimate(NamedTuple):
     """Changes of the entropy along a line, with influence values from which errors follow.
 
-    On the CPU, in float64.
+    Its tensors are on the CPU, in float64.
     """
 
     etas: Tensor  # [K] float64
@@ -58,7 +58,10 @@ class Estimate(NamedTuple):
         return standard_error(self.base_psi)
 
     def interval(self, level: float = 0.95) -> Tensor:
-        """[K, 2] ``value +- t stderr``, Student's t at G - 1; pointwise, see `band` for all K."""
+        """[K, 2] ``value +- t stderr``, with Student's t at G - 1 degrees of freedom.
+
+        Each eta has its own interval; `band` covers all of them at once.
+        """
         return interval(self.value, self.psi, level)
 
     @property
@@ -78,7 +81,7 @@ class Estimate(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What `value` is in: nats/token, nats/sequence, or per token of another quantity."""
+        """The unit of `value`: nats/token or nats/sequence, without nats for other quantities."""
         return _unit(self.per, self.quantity)
 
     @property
@@ -219,7 +222,7 @@ class Series(NamedTuple):
         return standard_error(self.psi)
 
     def interval(self, level: float = 0.95) -> Tensor:
-        """[M, 2] ``value +- t stderr``, Student's t at G - 1."""
+        """[M, 2] ``value +- t stderr``, with Student's t at G - 1 degrees of freedom."""
         return interval(self.value, self.psi, level)
 
     @property
@@ -251,7 +254,7 @@ class Series(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """What a change is in, as in `Estimate`; order m is in this unit per unit of eta^m."""
+        """The unit of a change, as in `Estimate`; order m is in this unit per unit of eta^m."""
         return _unit(self.per, self.quantity)
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
@@ -296,7 +299,7 @@ def check_same_estimator(function: str, change: Estimate, series: Series) -> Non
     """Refuses a change and a series that are not of one estimator on the same prompts.
 
     Args:
-        function: which combines them; its name stands in the error.
+        function: the name of the caller, for the error.
         change: from `entropy_change`.
         series: from `entropy_series`.
 

@@ -16,7 +16,7 @@ SHARE = 0.1  # a change means nothing where its rounding error exceeds this part
 
 
 class Rounding(NamedTuple):
-    """The rounding error of an entropy change, and the learning rate below which it drowns it."""
+    """The rounding error of an entropy change, and the eta below which it drowns the change."""
 
     error: float  # standard deviation of the change's error at `eta`, in the change's unit
     relative: float  # the same over the predicted change there
@@ -25,7 +25,7 @@ class Rounding(NamedTuple):
     rows: int  # the number of rows that it was measured on
 
     def at(self, etas: Tensor) -> Tensor:
-        """The error at `etas`, [K]: constant for differences, in proportion for increments."""
+        """The error at `etas`, [K]: constant for differences, proportional for increments."""
         etas = torch.as_tensor(etas, dtype=torch.float64).abs()
         if self.floor in (0.0, torch.inf):
             return self.error * etas / abs(self.eta)
@@ -66,9 +66,9 @@ def rounding(
 
     .. math:: \text{error}^2 = N \, \mathrm{var}(c) + N^2 \bar c^2.
 
-    The second term is an error that all rows share. It is added only where the mean is three of its
-    own standard errors from 0. The error is of first order in the change. A difference of values
-    is off by as much at every eta, an increment in proportion to eta.
+    The second term is an error that all rows share. It is added only where the mean is more than
+    three of its own standard errors from 0. The error is of first order in the change. A difference
+    of values is off by as much at every eta, an increment in proportion to eta.
 
     Args:
         scores: at the base policy, arrays [N, R].
@@ -76,10 +76,13 @@ def rounding(
             another way, arrays [n, R].
         index: [n] the sampled rows.
         batch: of the N rows.
-        series: from `entropy_series`, of the estimator whose change it is.
+        series: from `entropy_series`, of the estimator whose change is meant.
         eta: where the changes were computed, not 0.
         proportional: whether the error grows with eta.
         behaviour: the series' own, which is used anyway; another one is refused.
+
+    Returns:
+        The error at `eta`, its ratio to the change there, and the eta below which it is too large.
 
     Raises:
         ValueError: eta is 0, fewer than two rows were sampled, or the series is of another quantity

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TypeVar
 
-ROWS = 16  # of a table or a text, before its middle is left out of a notebook's display
+ROWS = 16  # a notebook's display leaves out the middle of a table or text with more rows
 
 Row = TypeVar("Row")
 
@@ -23,7 +23,7 @@ def text_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 def html_table(columns: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
-    """The same table in HTML, its cells escaped, with a note below it.
+    """A table in HTML, its cells escaped, with a note below it.
 
     >>> html_table(["a"], [["<1"]])
     '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;1</td></tr></tbody></table>'

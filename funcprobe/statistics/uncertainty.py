@@ -19,7 +19,7 @@ def by_group(psi: Tensor, group: Tensor) -> Tensor:
 def standard_error(psi: Tensor) -> Tensor:
     """``sqrt(G / (G - 1) sum_g psi_g^2)``, [...] from [..., G]; nan for a single prompt.
 
-    The rows of one prompt are correlated, so that prompts are the units of resampling.
+    The rows of one prompt are correlated, so prompts are the units of resampling.
     """
     g = psi.shape[-1]
     if g < 2:
@@ -28,7 +28,7 @@ def standard_error(psi: Tensor) -> Tensor:
 
 
 def interval(value: Tensor, psi: Tensor, level: float = 0.95) -> Tensor:
-    """``value +- t stderr`` with Student's t at G - 1 degrees of freedom, [..., 2]."""
+    """``value +- t stderr`` [..., 2], Student's t at G - 1 degrees of freedom; nan for G = 1."""
     half = t_quantile(level, psi.shape[-1] - 1) * standard_error(psi)
     return torch.stack([value - half, value + half], -1)
 

@@ -50,9 +50,8 @@ def largest_share(logw: Tensor) -> Tensor:
 def kl(logw: Tensor, logb: Tensor | None = None) -> Tensor:
     """``KL(pi_0 || pi_eta)`` per sequence, [...] nats, from log weights [..., N].
 
-    It is ``log mean(w) - mean(log w)``, minus the mean log weight with w self-normalised, which
-    equals the mean of ``w - 1 - log w`` with those w. It is never negative, and biased downwards
-    by O(1 / N).
+    It is ``log mean(w) - mean(log w)``: the mean of ``-log w``, or of ``w - 1 - log w``, with each
+    w divided by the mean of all. It is never negative, and biased downwards by O(1 / N).
 
     Args:
         logw: log weights of the shifted policy over the base.
@@ -61,7 +60,7 @@ def kl(logw: Tensor, logb: Tensor | None = None) -> Tensor:
     share = torch.full_like(logw[..., :1], 1 / logw.shape[-1])
     share = share.expand_as(logw) if logb is None else logb.softmax(-1).expand_as(logw)
     centred = logw - (share * logw).sum(-1, keepdim=True)
-    # expm1 keeps small changes exact; the mean of the centred values is rounding alone.
+    # expm1 keeps small changes exact. The mean of the centred values, left out, is only rounding.
     small = torch.log1p((share * torch.expm1(centred.clamp(max=30))).sum(-1))
     large = (centred + share.log()).logsumexp(-1)
     return torch.where(centred.amax(-1) > 30, large, small)
@@ -83,7 +82,7 @@ def pareto_khat(logw: Tensor) -> Tensor:
     where it is not defined: where all weights are equal (eta = 0), or fewer than 5 are in the tail.
 
     Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646. The fit is that of Zhang and Stephens
-    (2009) with the prior of the former, as ArviZ (arviz_stats 0.8) computes it.
+    (2009) with the prior of Vehtari et al., as ArviZ (arviz_stats 0.8) computes it.
     """
     return _by_row(lambda x: _fit(x)[0], logw)
 

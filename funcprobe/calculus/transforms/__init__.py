@@ -1,1 +1,1 @@
-"""One rule for each operation of torch: exact increments, power series, nested forward mode."""
+"""Transforms of unmodified functions: exact increments, power series, nested forward mode."""

@@ -36,7 +36,7 @@ class Scope:
 
 
 class Carrier(Tensor):
-    """A tensor's value and what it carries, all of one shape and dtype."""
+    """A tensor's value and the parts that it carries, all of one shape and dtype."""
 
     parts: Parts
     scope: Scope
@@ -141,7 +141,7 @@ def parts_of(leaf: Any, count: int) -> Parts:
 
 
 def aligned(*leaves: Any) -> list[Parts]:
-    """The parts of each argument, at least one of which is a carrier: as many for all."""
+    """The parts of each argument, equally many for each. At least one must be a carrier."""
     count = len(first_carrier(leaves).parts)
     return [parts_of(leaf, count) for leaf in leaves]
 
@@ -230,7 +230,7 @@ def table(rules: Mapping[str, Rule]) -> dict[Operation, Rule]:
     return out
 
 
-# What reads no value, and so is answered by the wrapper itself.
+# The operations that read no value, so that the wrapper itself can answer them.
 _METADATA = {
     *(getattr(torch, name) for name in ("is_floating_point", "is_complex", "numel")),
     *(

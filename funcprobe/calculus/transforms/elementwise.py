@@ -1,7 +1,7 @@
 """Changes of elementwise functions: f(x + d) - f(x) without cancellation.
 
-A function here takes ``y = f(x)``, x and the change d of x. Its result is accurate to a few
-roundings of itself, for every sign and size of d.
+Most functions here take ``y = f(x)``, x and the change d of x; the others take what they need of
+these. The result keeps its relative precision however small d is, of either sign.
 """
 
 import math
@@ -100,8 +100,8 @@ def d_normal(x: Tensor, d: Tensor) -> Tensor:
 def d_gelu(x: Tensor, d: Tensor, approximate: str) -> Tensor:
     r"""The change of x g(x), ``d g(x + d) + x (g(x + d) - g(x))``.
 
-    The gate g is the normal distribution function. Its approximation "tanh" is sigmoid(2 u), with
-    :math:`u = \sqrt{2 / \pi} \, (x + 0.044715 x^3)`.
+    The gate g is the normal distribution function. Its approximation "tanh" is sigmoid(u), with
+    :math:`u = 2 \sqrt{2 / \pi} \, (x + 0.044715 x^3)`.
     """
     if approximate == "tanh":
         c = 2 * math.sqrt(2 / math.pi)
@@ -123,7 +123,7 @@ def d_logsumexp(p: Tensor, d: Tensor, dim: int) -> Tensor:
     return mean + torch.log1p((p * torch.expm1(d - mean)).sum(dim, keepdim=True))
 
 
-# ``change(y, x, d)`` by the name of the operation.
+# The ``change(y, x, d)`` of each operation, by its name.
 CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "exp": d_exp,
     "log": d_log,

@@ -5,7 +5,8 @@ operation has a rule that gives its change from those of its arguments at full r
 as forward-mode differentiation has a rule for its derivative, but exact for finite d:
 
 .. math:: \Delta(ab) = \Delta a \, b + (a + \Delta a) \Delta b, \qquad
-          \Delta e^x = e^x (e^d - 1), \qquad \Delta x^{-1/2} = -d / (s s' (s + s')), \ s = \sqrt x.
+          \Delta e^x = e^x (e^d - 1), \qquad \Delta x^{-1/2} = -d / (s s' (s + s')), \\
+          s = \sqrt x, \quad s' = \sqrt{x + d}.
 
 So an unmodified model runs on parameters that are Increments, and its change is right in float32
 at any size of d, down to 1e-12 and below, where the difference of two float32 values is noise.
@@ -127,7 +128,9 @@ def increment(
     rules: dict[Operation, Rule] | None = None,
     matmul: str | None = None,
 ) -> Incremented:
-    """The transform: ``fn'(batch) -> (fn(params, batch), fn(params + delta, batch) - same)``.
+    """Transforms `fn` into a function of a batch that returns fn's value and its exact change.
+
+    It is ``batch -> (fn(params, batch), fn(params + delta, batch) - fn(params, batch))``.
 
     The change is exact in the sense that it has full relative precision, whatever its size,
     wherever every operation has a rule. An operation without one is evaluated at both points and
@@ -136,8 +139,8 @@ def increment(
 
     Unlike `sweep` and `taylor`, this takes no batch. It is a transform, as those of `torch.func`
     are: the function it returns can be called on several batches or transformed again, and its
-    `fallbacks` can be read afterwards. The verb with a batch is ``sweep(..., change="increment")``,
-    which also computes in blocks of rows.
+    `fallbacks` can be read afterwards. To evaluate one batch, use
+    ``sweep(..., change="increment")``, which also computes in blocks of rows.
 
     Args:
         fn: ``(params, batch) -> tree`` of tensors.
@@ -154,9 +157,10 @@ def increment(
         A function of a batch.
 
     Raises:
-        ValueError: names or shapes do not fit, or `matmul` is another precision. Where the returned
-            function is called: an operation's result may jump (a comparison), or a change is
-            written into a fixed tensor.
+        ValueError: names or shapes do not fit, or `matmul` is another precision. Calling the
+            returned function also raises it if an operation's result may jump (a comparison), if
+            an operation reads a changing tensor as a number, if a change is written into a fixed
+            tensor, or if dropout is on.
 
     >>> square = increment(lambda p, x: x * p["a"] ** 2, {"a": torch.ones(())},
     ...                    {"a": torch.tensor(1e-20)})
@@ -207,7 +211,7 @@ def _elementwise(change: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rule:
 
 
 def _product(op: Operation, a: Any, b: Any, *args: Any, **kwargs: Any) -> Pair:
-    """Whatever is linear in either of its two arguments."""
+    """The rule of an operation that is linear in each of its two arguments."""
     x, y = value_of(a), value_of(b)
     value = op(x, y, *args, **kwargs)
     if not isinstance(b, Increment):
@@ -262,11 +266,11 @@ def _divide(op: Operation, a: Any, other: Any, *, rounding_mode: str | None = No
 
 
 def _divided(op: Operation, a: Any, other: Any) -> Pair:
-    """The operation with its arguments exchanged."""
+    """Division with its arguments exchanged, as in ``__rtruediv__``."""
     return _divide(lambda x, y: op(y, x), other, a)
 
 
-# ``change(y, x, d)`` of the powers that have one without cancellation.
+# The ``change(y, x, d)`` of each power that has one without cancellation, by its exponent.
 _POWERS: dict[float, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     2: lambda y, x, d: d * (2 * x + d),
     3: lambda y, x, d: d * (3 * x * (x + d) + d * d),
@@ -371,7 +375,7 @@ RULES: dict[Operation, Rule] = table(
     LINEAR
     | {name: _elementwise(change) for name, change in CHANGES.items()}
     | {
-        "detach": LINEAR["linear"],  # detaching stops derivatives, and a change is none
+        "detach": LINEAR["linear"],  # detaching stops derivatives alone, not changes
         "mul": _product,
         "matmul": _matmul,
         "rmatmul": lambda op, a, b: _matmul(torch.matmul, b, a),

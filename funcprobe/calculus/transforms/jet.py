@@ -50,7 +50,7 @@ from .power_series import (
 
 
 class Bypassed(RuntimeError):
-    """The function does something with a jet that no rule can meet, such as a transform."""
+    """The function does something with a jet that no rule covers, such as a transform."""
 
 
 class Jet(Carrier):
@@ -98,7 +98,8 @@ def derivatives(fn: Callable[[Params], Any], params: Params, v: Params, order: i
     """`fn` at the parameters, and its derivatives to `order` along `v`, each a tree like it.
 
     Raises:
-        Bypassed: the function transforms its parameters, or writes them into a fixed tensor.
+        Bypassed: the function transforms its parameters, writes them into a fixed tensor, or does
+            something else with them that no rule covers.
     """
     if has_carrier(params):
         Jet.refuse(
@@ -210,7 +211,7 @@ def _divide(op: Operation, a: Any, other: Any, *, rounding_mode: str | None = No
 
 
 def _divided(op: Operation, a: Any, other: Any) -> Coefficients:
-    """The operation with its arguments exchanged."""
+    """Division with its arguments exchanged, as in ``__rtruediv__``."""
     return _divide(lambda x, y: op(y, x), other, a)
 
 
@@ -225,7 +226,7 @@ def _power(op: Operation, a: Any, n: Any) -> Coefficients:
 
 
 def _derived(written: Callable[..., Any]) -> Rule:
-    """A rule from the operation written out in others.
+    """A rule from the operation written out in other operations.
 
     The value is still the operation's, to the last bit.
     """
@@ -249,7 +250,7 @@ def _gelu(a: Any, approximate: str = "none") -> Tensor:
 
 
 def _chosen(inside: Callable[[Tensor, Tensor], Tensor]) -> Rule:
-    """A rule for an operation that is the identity where ``inside(y, x)``, elsewhere constant."""
+    """A rule for an operation that is the identity where ``inside(y, x)``, else constant."""
 
     def rule(op: Operation, a: Any, *args: Any, **kwargs: Any) -> Coefficients:
         if has_carrier(args, kwargs):
@@ -283,7 +284,7 @@ def _dropout(
 
 
 def _cast(a: Jet, stacklevel: Any, dtype: torch.dtype | None) -> Coefficients:
-    """Coefficients in the dtype that a softmax was given; torch's method takes it as third."""
+    """Coefficients in the dtype that a softmax was given; torch's method takes it third."""
     dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
     if dtype is None:
         return a.parts

@@ -1,6 +1,6 @@
-"""Rules of linear operations, which act part by part.
+"""Rules of linear operations, which act on each part of a carrier alike.
 
-They are the same for finite increments and for derivatives. A rule takes the operation and its
+The rules are the same for finite increments and for derivatives. A rule takes the operation and its
 arguments and returns the parts of the result, or NotImplemented where it does not apply.
 """
 

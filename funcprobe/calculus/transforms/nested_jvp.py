@@ -40,11 +40,12 @@ def _expanded(fn: Callable[[Any], Any], v: Any, order: int) -> Callable[[Any], l
 
 
 class Nestable(TorchFunctionMode):
-    """A mode in which nested forward mode is right, and a frozen linear costs what it should.
+    """A mode in which nested forward mode is right, and a frozen linear map costs no more than due.
 
     Under nested jvp, torch's fused layer norm has a wrong second derivative, and its silu has none
     in some paths. Both are written out in plain operations here. A linear map with a frozen weight
-    would multiply that weight's zero tangent, so it is replaced too.
+    would multiply that weight's zero tangent, and so would a product with a number. Both are
+    replaced too.
     """
 
     def __torch_function__(

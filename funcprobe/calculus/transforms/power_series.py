@@ -54,7 +54,10 @@ def quotient(a: Coefficients, b: Coefficients, y0: Tensor) -> Coefficients:
 
 
 def power(n: float, y0: Tensor, x: Coefficients) -> Coefficients:
-    """``y = x^n`` from its value `y0`, by ``y' = n x^(n-1) x'``, which divides by nothing."""
+    """``y = x^n`` from its value `y0`, by ``y' = n x^(n-1) x'``.
+
+    Unlike the recurrence of ``x y' = n y x'``, this does not divide by x, which may be 0.
+    """
     orders = range(1, len(x))
     if n == 2:
         return y0, *(total(squares(x, k)) for k in orders)
@@ -70,8 +73,8 @@ def partition(
 ) -> tuple[Coefficients, Sequence[Tensor | None]]:
     """The softmax p from its value `p0`, and the logsumexp L.
 
-    They obey ``L' = sum p x'`` and ``p' = p (x' - L')``. L's value is not computed: None stands in
-    its place.
+    The two obey ``L' = sum p x'`` and ``p' = p (x' - L')``. L's value is not computed: None stands
+    in its place.
     """
     p: Coefficients = (p0,)
     log: list[Tensor | None] = [None]
@@ -90,7 +93,7 @@ Expansion: TypeAlias = Callable[[Tensor, Coefficients], Coefficients]
 def _obeys(g: Callable[[Coefficients, int], Tensor | None]) -> Expansion:
     """The expansion of a y with ``y' = g x'``, where ``g(y, k)`` is the k-th coefficient of g.
 
-    It may use y's coefficients to the k-th.
+    `g` may use y's coefficients up to the k-th.
     """
 
     def expand(y0: Tensor, x: Coefficients) -> Coefficients:
@@ -133,7 +136,7 @@ def _wave(slope: Callable[[Tensor], Tensor]) -> Expansion:
     return expand
 
 
-# By the name of the operation.
+# The expansion of each operation, by its name.
 EXPANSIONS: dict[str, Expansion] = {
     "exp": _obeys(lambda y, k: y[k]),
     "expm1": _obeys(lambda y, k: y[0] + 1 if k == 0 else y[k]),
