@@ -34,11 +34,12 @@ _UNSET = ("", "~", "null")
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
        funcprobe --version
 
-What one AdamW step would do to the model's entropy. Without options, on the bundled checkpoint.
+Says what one AdamW step would do to a model's entropy; without options, to the bundled one's.
 `funcprobe probe --help` lists the options; a YAML file holds the same names.
 
 Finished blocks are kept in OUTPUT/blocks until the report is written: the same command goes on
-where it was cut short. `torchrun --nproc-per-node N -m funcprobe probe ...` shares the blocks out.
+where it was cut short. `torchrun --nproc-per-node N -m funcprobe probe ...` divides the blocks
+among N processes.
 """
 
 
@@ -61,12 +62,13 @@ class ProbeArguments:
     evaluation: str | None = _option(None, "E, a file of JSON lines.")
     etas: str = _option(
         "0,0.25x,0.5x,1x,2x,4x",
-        "Learning rates: 0.5x of the checkpoint's, or absolute, 1e-6; 0:4x:65 is 65 of them, "
-        "evenly.",
+        "Learning rates, separated by commas: 0.5x is half the checkpoint's, 1e-6 is absolute, and "
+        "0:4x:65 are 65 from 0 to 4x, evenly spaced.",
     )
     recipe: str = _option("dr_grpo", "The objective of the update.", tuple(RECIPES))
     weights: Literal["sequence", "prefix", "prefix_raw"] = _option(
-        "sequence", "Importance weights: plain SNIS, or by prefix, position-normalised or raw."
+        "sequence",
+        "Importance weights of whole sequences, or of prefixes, normalised by position or raw.",
     )
     per: Literal["token", "sequence"] = _option("token", "Entropy per token or per sequence.")
     off_policy: bool = _option(
@@ -98,7 +100,7 @@ class ProbeArguments:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, 0 or 2 on bad input."""
+    """Runs the command line; returns the exit status: 0, or 2 if it was refused or failed."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print(_USAGE, end="")
@@ -130,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _complain(error: Exception, first: bool) -> None:
-    """One line on standard error, even where a progress bar stands."""
+    """Prints an error as one line on standard error, even where a progress bar stands."""
     from tqdm.auto import tqdm
 
     line = f"funcprobe: {' '.join(str(error).split())}"
@@ -138,7 +140,12 @@ def _complain(error: Exception, first: bool) -> None:
 
 
 def parse_etas(text: str, lr: float) -> list[float]:
-    """Learning rates from text: ``1x`` in units of `lr`, plain numbers absolute, evenly as a:b:n.
+    """Learning rates from text, separated by commas.
+
+    ``1x`` is in units of `lr`, a plain number is absolute, and ``a:b:n`` are n from a to b, evenly.
+
+    Raises:
+        ValueError: the text is something else, or a rate is not finite.
 
     >>> parse_etas("0, 0.5x, 1e-6", 2e-5)
     [0.0, 1e-05, 1e-06]
@@ -151,8 +158,8 @@ def parse_etas(text: str, lr: float) -> list[float]:
             etas += _etas_of(word, lr)
         except (ValueError, RuntimeError):
             raise ValueError(
-                "etas: finite numbers such as 0.5x (of the learning rate) or 1e-6, or 0:4x:65 for "
-                f"65 from 0 to 4x, separated by commas, were expected, found {word!r}."
+                "--etas: finite numbers such as 0.5x (of the learning rate) or 1e-6, or 0:4x:65 "
+                f"for 65 from 0 to 4x, separated by commas, were expected, found {word!r}."
             ) from None
     return etas
 
@@ -166,11 +173,11 @@ def _etas_of(word: str, lr: float) -> list[float]:
         return [_eta(start, lr)]
     stop, points = rest
     first, last = _eta(start, lr), _eta(stop, lr)
-    line = torch.linspace(first, last, int(points), dtype=torch.float64)
-    if not len(line):
+    rates = torch.linspace(first, last, int(points), dtype=torch.float64)
+    if not len(rates):
         raise ValueError("a range without points")
-    line[line.abs() < 1e-12 * max(abs(first), abs(last))] = 0.0
-    return list(line.tolist())
+    rates[rates.abs() < 1e-12 * max(abs(first), abs(last))] = 0.0
+    return list(rates.tolist())
 
 
 def _eta(word: str, lr: float) -> float:
@@ -207,7 +214,7 @@ _READERS: dict[Any, Any] = {
 
 
 def _choices() -> dict[str, tuple[str, ...]]:
-    """What each option may be; nothing where it may be anything of its type."""
+    """The values that each option may take; none are listed where any of its type will do."""
     return {
         option.name: get_args(option.type)
         if get_origin(option.type) is Literal
@@ -237,6 +244,7 @@ def _parser() -> _Parser:
 
 
 def _parse(words: list[str], aloud: bool = True) -> ProbeArguments:
+    """The options that flags and a config file give; only one rank prints help `aloud`."""
     parser = _parser()
     config = parser.parse_known_args(words)[0].config
     if config is not None:
@@ -282,14 +290,14 @@ def _check_setting(path: str, name: str, value: object, choices: tuple[str, ...]
 
 
 def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", first: bool) -> None:
-    """Probes, writes the report and, on the first rank, prints it."""
+    """Probes. The first rank writes and prints the report; then finished blocks are removed."""
     from .runtime.distributed import agree
     from .runtime.resume import discard
     from .study.probe import probe
 
     path, update, evaluation = _inputs(options)
     formats = _formats(options.format)
-    parse_etas(options.etas, 1.0)
+    parse_etas(options.etas, 1.0)  # refuses bad text before anything is loaded
     max_length, nodes = options.max_length, options.nodes
     if options.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
@@ -318,12 +326,12 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
         if not options.quiet:
             print(report)
             print("wrote " + ", ".join(map(str, written)))
-    agree("end", "reached", group)
+    agree("end", "reached", group)  # no rank removes blocks that another may still need
     discard(finished)
 
 
 def _formats(text: str) -> tuple[str, ...]:
-    """The formats of the figure, separated by commas; none is no figure."""
+    """The formats of the figure, separated by commas; with none there is no figure."""
     from .study.plots import FORMATS
 
     formats = tuple(word.strip() for word in text.split(",") if word.strip())

@@ -17,7 +17,7 @@ from funcprobe.training.checkpoint import load_checkpoint
 
 BY_RULE = "by order (HF Trainer's decay and no-decay groups; sizes, shapes and step counts agree)"
 BY_GROUP = "by order (one group)"
-CLIPPING = "clipping at 1.0 assumed: the Trainer's default is not saved"
+CLIPPING = "clipping at 1.0, the Trainer's default, is assumed: no checkpoint records it"
 FROZEN = "base_model.model.lm_head.weight"
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
 

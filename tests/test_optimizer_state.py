@@ -230,7 +230,7 @@ def test_a_finished_schedule_gives_its_initial_rate_and_says_so(run):
     edit(run.path, change)
     checkpoint = load_checkpoint(run.path)
     assert checkpoint.adamw["lr"] == 0.25
-    assert "lr is 0 at the end of the schedule: initial_lr used" in checkpoint.notes
+    assert "lr is 0 at the end of the schedule, so initial_lr is used" in checkpoint.notes
     assert load_checkpoint(run.path, lr=0.3).notes == (CLIPPING, "no tokenizer found")
 
 

@@ -121,7 +121,7 @@ def edited(folder, edit):
         ),
         (
             lambda folder: edited(folder, lambda data: data["etas"][1].update(change=0.5)),
-            "other numbers",
+            "different numbers",
         ),
         (lambda folder: save_file({}, folder / "report.safetensors"), "does not hold"),
     ],

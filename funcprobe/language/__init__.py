@@ -1,1 +1,1 @@
-"""Tokens and models: batches, pure models, scores, objectives. Knows no updates."""
+"""Tokens and models: batches, pure models, scores, objectives. It knows nothing of updates."""

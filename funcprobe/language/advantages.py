@@ -1,4 +1,4 @@
-"""Advantages from rewards: a baseline, and a scale, within each prompt's group or the batch."""
+"""Advantages from rewards: a prompt group's baseline, and a scale of the group or the batch."""
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ def advantages(reward: Tensor, group: Tensor, recipe: Recipe) -> Tensor:
     Args:
         reward: [N], in the reward's unit.
         group: [N] int64, prompt ids.
-        recipe: its baseline and scale are used.
+        recipe: its baseline (not "given"), its scale and its scale_eps are used.
 
     Returns:
-        [N].
+        The advantages, [N].
     """
     _, index, count = group.unique(return_inverse=True, return_counts=True)
     total = torch.zeros(len(count), dtype=reward.dtype, device=reward.device)

@@ -68,7 +68,11 @@ class Batch(NamedTuple):
     def cut(self, tokens: int) -> tuple[list["Batch"], Tensor]:
         """As `by_length`, but every block keeps all L positions and R response slots.
 
-        Functions that take a batch block by block cut it like this if they are not told the rows.
+        Functions that take a batch block by block cut it like this unless they are told how many
+        rows a block has.
+
+        Raises:
+            ValueError: `tokens` is below 1.
         """
         if tokens < 1:
             raise ValueError(f"by_length: tokens must be at least 1, not {tokens}.")
@@ -107,9 +111,9 @@ def collate(
     A sampled EOS is part of the response: it is scored and counted.
 
     Args:
-        prompts: N lists of token ids. None may be empty, since a response token needs a token that
-            predicts it.
-        responses: N lists of token ids. Some may be empty, but not all of them.
+        prompts: N lists of token ids. No list may be empty, since a response token needs a token
+            that predicts it.
+        responses: N lists of token ids. Some lists may be empty, but not all of them.
         pad_id: fills `tokens` past each row's end; its value changes no result.
         group: [N] prompt ids. Rows with equal prompts share one if they are not given.
         reward, advantage: [N]; nan if not given.
@@ -162,12 +166,13 @@ def collate(
 def by_length(batch: Batch, *, tokens: int) -> tuple[list[Batch], Tensor]:
     """Cuts a batch into blocks of rows of similar length, each trimmed to its longest row.
 
-    Rows of one prompt follow one another, since a scorer reads their prompt once.
+    Rows that share a long prompt follow one another, since a scorer reads it once for all of them.
 
     Args:
         batch: N rows.
-        tokens: the most sequences times positions in a block. Rows that share a prompt are one
-            sequence; a single sequence that is longer is a block of its own.
+        tokens: the most sequences times positions in a block. Rows that share a prompt of at least
+            32 tokens are one sequence, as long as it has at most 512. A single sequence of more
+            than `tokens` is a block of its own.
 
     Returns:
         The blocks, and `order` [N] int64: ``batch.rows(order)`` is the blocks one after another,
@@ -280,7 +285,10 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def unknown_rows(batch: Batch, name: str) -> Tensor:
-    """Which rows lack a floating field, [N] bool: it is nan, on the response if it is by token."""
+    """Which rows lack a floating field, [N] bool.
+
+    A row lacks a field [N] that is nan, and a field [N, R] that is nan at any response token.
+    """
     value = getattr(batch, name)
     return (value.isnan() & batch.response).any(1) if value.ndim == 2 else value.isnan()
 
@@ -306,12 +314,12 @@ def _check_lists(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(
-            f"collate: every prompt must hold at least one token, rows {empty[:5]} are empty. "
+            f"collate: every prompt must hold at least one token, but rows {empty[:5]} are empty. "
             "The first response token has nothing that predicts it. Prepend the BOS token."
         )
     if not any(len(response) for response in responses):
         raise ValueError(
-            f"collate: at least one response token was expected, all {n} responses are empty. "
+            f"collate: at least one response token was expected, but all {n} responses are empty. "
             "Check where the prompt ends and that a sampled EOS is kept."
         )
 

@@ -41,8 +41,9 @@ def prepare(
         The batch with advantage, weight, old_logp and ref_logp filled.
 
     Raises:
-        ValueError: an unknown recipe, a field it needs that is unknown (nan), or advantages in
-            the batch that differ from those the recipe makes of its rewards.
+        ValueError: an unknown recipe, a field it needs that is unknown (nan), log-probabilities of
+            another shape, or advantages in the batch that differ from those the recipe makes of
+            its rewards.
 
     >>> from funcprobe import collate
     >>> batch = collate([[5], [5]], [[1, 2], [3, 4]], reward=[1.0, 0.0])
@@ -64,13 +65,16 @@ def prepare(
 
 
 def objective(score: Score, recipe: str | Recipe) -> Loss:
-    """The loss of a prepared batch by token: ``fn(params, batch) -> [N, R]``, its sum the loss.
+    """The loss of a prepared batch as a function, token by token.
 
     Row i depends on row i of the batch alone: `prepare` has put what couples rows into the batch.
 
     Args:
         score: a scorer.
         recipe: the one the batch was prepared with.
+
+    Returns:
+        ``fn(params, batch) -> [N, R]``. The sum of these numbers is the loss.
 
     Raises:
         ValueError: an unknown recipe. The function itself raises it for a batch that was not

@@ -1,4 +1,4 @@
-"""How the model reads a batch: each prompt once, and no position that is not scored."""
+"""How the model reads a batch: each prompt once, and hidden states only where they are scored."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 
 def by_row(batch: Batch) -> Layout:
-    """Every row as it is with all its response slots: this passes through `vmap` over rows."""
+    """The layout of the rows as they are, with all response slots: it works in `vmap` over rows."""
     (n, steps), width = batch.position.shape, batch.tokens.shape[1]
     first = torch.arange(n, device=batch.tokens.device).unsqueeze(1) * width
     slot = torch.arange(n * steps, device=batch.tokens.device).view(n, steps)
@@ -82,7 +82,7 @@ class _Rows(NamedTuple):
 
 
 def _arrange(batch: Batch, least: float, multiple: int) -> _Rows:
-    """Sizes: which rows share a sequence, and how long the sequences are."""
+    """Decides which rows share a sequence, and how long the sequences are."""
     device, width = batch.tokens.device, batch.tokens.shape[1]
     steps, prompt = batch.response.sum(1), batch.position[:, 0] + 1
     after = torch.arange(width, device=device) >= prompt[1:].unsqueeze(1)
@@ -97,9 +97,9 @@ def _arrange(batch: Batch, least: float, multiple: int) -> _Rows:
 
 
 def _predicting(batch: Batch, rows: _Rows) -> Tensor:
-    """Indices [N, R] into the M L tokens: the one that predicts each response token.
+    """Indices [N, R] into the M L tokens, of the token that predicts each response token.
 
-    It is the prompt's last token for the first response token, else the response token before.
+    That is the prompt's last token for the first response token, else the response token before.
     """
     k = torch.arange(batch.response.shape[1], device=batch.response.device)
     place = torch.where(k == 0, rows.prompt.unsqueeze(1) - 1, rows.start.unsqueeze(1) + k - 1)
@@ -107,9 +107,9 @@ def _predicting(batch: Batch, rows: _Rows) -> Tensor:
 
 
 def _fill(batch: Batch, rows: _Rows, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Tokens, places and segments [M, L]: the prompts first, then what responses are read."""
+    """Tokens, places and segments [M, L]: fills in the prompts, then the responses' read tokens."""
     (n, width), device = batch.tokens.shape, batch.tokens.device
-    # The prompt's last token predicts the first of the response, whose others predict one another.
+    # The first response token is predicted by the prompt, every later one by the token before it.
     read = batch.response & (torch.arange(batch.response.shape[1], device=device) > 0)
     index, ahead = index[read], torch.arange(rows.length, device=device)
     prompts = pad(batch.tokens[rows.first], (0, max(rows.length - width, 0)))[:, : rows.length]

@@ -126,7 +126,7 @@ def expected_kl(logits: Tensor, target: Tensor, reference: Tensor) -> Tensor:
     series: Tensor | float = 0.0
     for k in reversed(range(15)):  # 0.5^15 / (15! 17) is below rounding
         series = series * near + 1 / (math.factorial(k) * (k + 2))
-    # p - q e^near gives phi(d) - phi(near). It is exactly 0 where d is near, and is written without
-    # e^d, which may overflow.
+    # This is p - q e^near, from which phi(d) - phi(near) follows. It is exactly 0 where |d| <= 0.5,
+    # and is written without e^d, which may overflow.
     over = q * near.exp() * far.clamp(max=0).expm1() - p * (-far.clamp(min=0)).expm1()
     return (q * near * near * series + (near - 1) * over + far * p).sum(-1)

@@ -22,8 +22,9 @@ class Recipe:
             ``-A logp``, whose gradient is the one at r = 1.
         clip_low, clip_high: r is clipped to ``[1 - clip_low, 1 + clip_high]``.
         beta: the coefficient of the KL penalty k3, per nat.
-        aggregate: how token losses are averaged: sums of sequences, means of sequences, the mean of
-            all tokens, or the sum over a constant number of tokens.
+        aggregate: how token losses become the batch loss: the mean over sequences of their sums or
+            of their means, the mean over all tokens, or the sum over all tokens divided by the
+            number of sequences and by a constant number of tokens.
 
     Raises:
         ValueError: a choice that is not one of those listed.

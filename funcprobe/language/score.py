@@ -1,4 +1,4 @@
-"""Log-probability and entropy, or a readout, of every response token; the head in chunks."""
+"""The log-probability and entropy, or a readout, of every response token, chunk by chunk."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ class _Scorer:
 
     @property
     def nan_means(self) -> str:
-        """What nan in the scores, or in a change or derivative of them, says."""
+        """What a nan in the scores, or in a change or derivative of them, means."""
         return (
             "Either the parameters or the model's logits hold nan, or a scored token has "
             "probability 0: outside the top-p nucleus a token scores -inf, which has no change. "
@@ -161,9 +161,9 @@ class _Scorer:
         policies = self._policies(params)
         hidden = [self.model.states(policy, self.base, layout) for policy in policies]
         heads = [self._head_tensors(policy) for policy in policies]
-        again = rematerialise if self._closed(target.device) else _call
+        call = rematerialise if self._closed(target.device) else _call
         blocks = [
-            self._block(target[rows], [states[rows] for states in hidden], heads, again)
+            self._block(target[rows], [states[rows] for states in hidden], heads, call)
             for rows in self._chunks(len(target))
         ]
         zero = hidden[0].new_zeros(())
@@ -178,7 +178,7 @@ class _Scorer:
 
     @property
     def _narrow(self) -> bool:
-        """Whether only a nucleus is possible."""
+        """Whether only the tokens of a nucleus are possible."""
         return self.sampling.top_p < 1
 
     @property
@@ -200,7 +200,7 @@ class _Scorer:
         return *tensors, *self._temperature()
 
     def _chunks(self, count: int) -> Iterator[slice]:
-        """The response positions that go through the head at a time."""
+        """Slices of the response positions, each of which goes through the head at once."""
         vocabulary = self.model.vocabulary
         width = min(_WIDTH, vocabulary) if self._sliced else vocabulary
         rows = self.chunk or max(_CHUNK_BYTES // (4 * width), 1)
@@ -211,9 +211,12 @@ class _Scorer:
         target: Tensor,
         hidden: list[Tensor],
         heads: list[Tensors],
-        again: Callable[..., Tensors],
+        call: Callable[..., Tensors],
     ) -> Tensors:
-        """Log-probability and entropy, or the readout's value, of a block of tokens, [T]."""
+        """Log-probability and entropy, or the readout's value, of a block of tokens, [T].
+
+        `call` runs `_read` where all logits are needed at once: `rematerialise`, or a plain call.
+        """
         if self._sliced:
             vocabulary = self.model.vocabulary
             width = min(_WIDTH, vocabulary)
@@ -221,7 +224,7 @@ class _Scorer:
                 self._logits, hidden[0], target, heads[0], vocabulary=vocabulary, width=width
             )
         pairs = zip(hidden, heads, strict=True)
-        return again(self._read, target, *(x for states, head in pairs for x in (states, *head)))
+        return call(self._read, target, *(x for states, head in pairs for x in (states, *head)))
 
     def _logits(self, hidden: Tensor, *tensors: Tensor) -> Tensor:
         """The logits over the temperature, [T, V] or a slice of V, in float32 at least."""
@@ -234,7 +237,7 @@ class _Scorer:
         return out if self.sampling.temperature == 1 else out / self.sampling.temperature
 
     def _read(self, target: Tensor, *inputs: Tensor) -> Tensors:
-        """Reads all logits of a block of tokens at once.
+        """What `_block` returns, from all logits of a block of tokens at once.
 
         Args:
             target: [T] int64.
@@ -280,13 +283,13 @@ def with_value(
 
     Args:
         score: a scorer, for the log-probabilities.
-        value: ``batch -> [N]``, of the batch's rows alone; ``lambda batch: batch.reward``.
+        value: ``batch -> [N]``, row by row, ``lambda batch: batch.reward`` for instance.
 
     Returns:
         ``fn(params, batch) -> Readings``; row i depends on row i of the batch alone.
 
     Raises:
-        ValueError: where the function is called, a value that is nan.
+        ValueError: by the function that is returned, if a value is nan.
     """
 
     def fn(params: Params, batch: Batch) -> Readings:

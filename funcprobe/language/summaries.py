@@ -1,4 +1,4 @@
-"""What a named tuple of tensors prints as: names, shapes and types, never values."""
+"""What a named tuple of tensors prints as: names, shapes and types, never a tensor's values."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ from typing import Any
 def summary(fields: Any) -> str:
     """One line for a NamedTuple: its name, and each field's shape and dtype.
 
-    Whatever is not a tensor, as where a transform maps the fields, is printed as it is if short.
+    Where a transform maps the fields, they may hold something else than tensors: that is printed as
+    it is if it is short, and by its type otherwise.
 
     >>> import torch
     >>> from funcprobe.language.score import Scores

@@ -1,4 +1,4 @@
-"""The shifted policy sampled: an independent check of an estimate along a line."""
+"""Samples of the shifted policy: an independent check of an estimate along a line."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -20,7 +20,7 @@ UNITS = ("token", "sequence")  # the leading axis of a ground truth's arrays
 
 
 class Agreement(NamedTuple):
-    """A sampled change beside an estimated one, in nats."""
+    """A sampled change beside an estimated one, in the score's unit: nats for the entropy."""
 
     eta: float
     sampled: float
@@ -47,11 +47,11 @@ class Agreement(NamedTuple):
 class GroundTruth(NamedTuple):
     """Plain means over responses that each policy sampled itself, [2] per token and per sequence.
 
-    The arrays are on the CPU, in float64.
+    The arrays are on the CPU, in float64 and in the score's unit: nats for the entropy.
     """
 
     eta: float
-    base: Tensor  # [2] the mean at params, nats
+    base: Tensor  # [2] the mean at params
     value: Tensor  # [2] the mean at params + eta v, less `base`
     base_psi: Tensor  # [2, G] influence values by prompt
     psi: Tensor  # [2, G] those of the change
@@ -151,7 +151,7 @@ def ground_truth(
     answer the same prompts with different seeds.
 
     Args:
-        policy: a `Checkpoint`, or any `Policy`; the public `funcprobe.ground_truth` also takes a
+        policy: a `Checkpoint`, or any `Policy`; `study.sampling.ground_truth` also takes a
             checkpoint's path. Its sampling settings are used; top-p must be 1.
         v: a direction with the names and shapes of the policy's params.
         eta: learning rate.

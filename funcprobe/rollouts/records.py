@@ -29,7 +29,8 @@ def write_batch(
 
     Each line has prompt_ids, completion_ids (which include a sampled EOS) and group. It also has
     whatever is known of reward, advantage and old_logp (nats, one a token), the texts if a
-    tokenizer is given, and the sampling settings if they are given.
+    tokenizer is given, and the sampling settings if they are given. The weights and ref_logp are
+    not written.
     """
     floats = ("reward", "advantage", "old_logp")
     known = {name for name in floats if not getattr(batch, name).isnan().all()}
@@ -48,8 +49,8 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
     ``completion_ids``) are optional; null stands for unknown.
 
     Raises:
-        ValueError: there are no rows, a line is malformed (its number is named), or only some
-            lines have a field.
+        ValueError: there are no rows, a line is malformed (its line or its row is named), a text
+            comes without a tokenizer, or only some lines have a field.
     """
     records = _records("read_batch", path)
     prompts = [_prompt(path, i, record, tokenizer) for i, record in enumerate(records)]
@@ -75,7 +76,8 @@ def read_sampling(path: str | Path) -> Sampling | None:
     """The sampling settings that the lines carry; None if they carry none.
 
     Raises:
-        ValueError: lines with different settings.
+        ValueError: lines that are malformed or have different settings, or settings other than
+            temperature and top_p.
     """
     records = _records("read_sampling", path)
     variants = {json.dumps(record.get("sampling"), sort_keys=True) for record in records}
@@ -95,7 +97,11 @@ def read_sampling(path: str | Path) -> Sampling | None:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a prompt: ids as they are, a text, or chat messages through the template."""
+    """Token ids of a prompt: ids as they are, a text, or chat messages through the template.
+
+    Raises:
+        ValueError: the prompt is not token ids, and there is no tokenizer.
+    """
     if not isinstance(prompt, str):
         token_ids = [token for token in prompt if isinstance(token, int)]
         if len(token_ids) == len(prompt):
@@ -130,7 +136,7 @@ def _record(batch: Batch, i: int, known: set[str], tokenizer: Tokenizer) -> Reco
 
 
 def _records(reader: str, path: str | Path) -> list[Record]:
-    """The lines' objects, for a function of that name."""
+    """The lines' objects. Errors name the function `reader`, which asks for them."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

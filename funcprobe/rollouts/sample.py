@@ -48,8 +48,8 @@ def rollout(
     ground truth of a sweep.
 
     Args:
-        policy: a `Checkpoint`, or any `Policy`; the public `funcprobe.rollout` also takes a
-            checkpoint's path.
+        policy: a `Checkpoint`, or any `Policy`; `study.sampling.rollout` also takes a checkpoint's
+            path.
         prompts: G texts, chat message lists, or lists of token ids.
         samples: responses per prompt.
         max_new_tokens: a response ends at EOS, which it includes, or at this length.
@@ -233,7 +233,7 @@ def _further_seeds(seed: int, count: int) -> list[int]:
 
 
 def _redraw_uniform(sampler: _Sampler, draws: _Draws, seeds: list[int]) -> _Draws:
-    """Draws again, once with each seed, what has uniform rewards; raises where this persists."""
+    """Draws prompts of uniform rewards again, with each seed in turn; raises if any are left."""
     for seed in seeds:
         uniform = _uniform(draws)
         if not uniform:

@@ -137,7 +137,7 @@ def _noticing() -> Iterator[None]:
         raise RuntimeError(
             "sharded: every rank was expected to continue, but one ended without a word. Likely it "
             "was killed, or its memory was full. Run the same command again: it continues from the "
-            "stored blocks."
+            "blocks that were stored."
         ) from error
 
 
@@ -150,6 +150,7 @@ def _compute(fn: Callable[[Block], Any], mine: Sequence[Block]) -> tuple[bytes, 
 
 
 def _exchange(value: Any, group: Group) -> list[Any]:
+    """The values of all ranks, on every rank."""
     values = [None] * world(group)
     with _noticing():
         dist.all_gather_object(values, value, group=group)

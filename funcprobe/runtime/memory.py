@@ -15,13 +15,19 @@ class Room(NamedTuple):
 
     forward: int  # for values, increments and derivatives
     reverse: int  # for gradients, which keep the intermediate results of every layer
-    free: int | None  # bytes that were free at the time; None where the default is taken
+    free: int | None  # bytes that were free at the time; None where nothing was estimated from them
 
 
 def room(config: Any, params: Params, length: int) -> Room:
-    """The defaults on a CPU; on a CUDA device, what `positions` estimates from its free memory."""
-    one = next(iter(params.values()))
-    device, itemsize = one.device, one.dtype.itemsize
+    """What `positions` estimates from a CUDA device's free memory; elsewhere the defaults.
+
+    Args:
+        config: the model's, as transformers has it.
+        params: the trainable parameters, whose device and dtype count.
+        length: positions of the longest row.
+    """
+    first = next(iter(params.values()))
+    device, itemsize = first.device, first.dtype.itemsize
     if device.type != "cuda":
         return Room(block_size(device), max(block_size(device) // REVERSE, 1), None)
     free, _ = torch.cuda.mem_get_info(device)
@@ -37,9 +43,9 @@ def positions(config: Any, free: int, itemsize: int, length: int, *, most: int) 
     .. math:: 3 b (8 D + 4 F + 2 A L) \ \text{forward}, \qquad
               2 b Y (8 D + 4 F + 2 A L) \ \text{in reverse}
 
-    bytes. Increments and derivatives carry three of each number. A gradient keeps every layer's
-    numbers, and needs as much again on the way back. The head is not counted, since it works in
-    slices of bounded size.
+    bytes. Increments and derivatives carry three numbers for each of the model's. A gradient keeps
+    every layer's numbers, and needs as much again on the way back. The head is not counted, since
+    it works in slices of bounded size.
 
     Args:
         config: the model's, as transformers has it.
@@ -58,8 +64,8 @@ def positions(config: Any, free: int, itemsize: int, length: int, *, most: int) 
     hidden = _size(text, "hidden_size", 4096)
     wide = _size(text, "intermediate_size", 4 * hidden)
     heads, layers = _size(text, "num_attention_heads", 32), _size(text, "num_hidden_layers", 32)
-    one = itemsize * (8 * hidden + 4 * wide + 2 * heads * length)
-    forward, reverse = (int(_SHARE * free) // (times * one) for times in (3, 2 * layers))
+    layer = itemsize * (8 * hidden + 4 * wide + 2 * heads * length)
+    forward, reverse = (int(_SHARE * free) // (times * layer) for times in (3, 2 * layers))
     return Room(_power(min(forward, most)), _power(min(reverse, most)), free)
 
 

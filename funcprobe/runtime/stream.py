@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Stream:
-    """Where and how blocks are computed. The batch stays on the CPU, one block is on the device."""
+    """Where and how blocks are computed. The batch stays on the CPU; the device holds one block."""
 
     device: torch.device
     room: Room  # what a block may hold
@@ -33,7 +33,7 @@ class Stream:
     def cut(
         self, batch: Batch, lanes: int = 1, *, reverse: bool = False
     ) -> tuple[list[Batch], Tensor]:
-        """The batch in blocks that fit into the room, and the original row [N] of each of theirs.
+        """The batch in blocks that fit the room, and the original row [N] of each of their rows.
 
         Args:
             batch: on the CPU.
@@ -73,18 +73,18 @@ class Stream:
     ) -> Params:
         """``sum(fn(block))`` on every rank, in float64 and in the blocks' order.
 
-        Both make it the same bits on any number of ranks. What is stored is the sum so far, so one
-        file is enough however many blocks there are.
+        It therefore has the same bits on any number of ranks. What is stored is the sum so far, so
+        one file is enough however many blocks there are. The arguments are those of `map`.
         """
         names = self._names_of_sums(name, blocks, inputs)
-        keeper = self.folder if rank(self.group) == 0 else None
-        done, total = share(_resume_point(keeper, names), self.group)
+        folder = self.folder if rank(self.group) == 0 else None
+        done, total = share(_resume_point(folder, names), self.group)
         parts = sharded(lambda block: fn(block.to(self.device)), blocks[done:], self.group)
         ranks, unstored = world(self.group), 0
         for part in self._bar(parts, name, len(blocks), done):
             total, done, unstored = _accumulate(total, part), done + 1, unstored + 1
-            if keeper is not None and (unstored == ranks or done == len(blocks)):
-                _store_sum(keeper, names, done, total)
+            if folder is not None and (unstored == ranks or done == len(blocks)):
+                _store_sum(folder, names, done, total)
                 unstored = 0
         return total
 

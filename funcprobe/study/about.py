@@ -17,7 +17,7 @@ from ..language.score import Sampling
 from ..runtime.memory import Room
 from ..statistics.tables import html_table
 
-# What is printed in place of a field's name, where that with spaces does not say enough.
+# What is printed in place of a field's name, where the name itself does not say enough.
 LABELS = {
     "step": "optimizer steps taken",
     "max_length": "divisor of the loss in tokens",
@@ -37,7 +37,7 @@ class Source:
     """A file that the report was computed from, as it was when it was read."""
 
     role: Literal["checkpoint", "update", "evaluation"]
-    path: str  # as it was passed, so relative if that was
+    path: str  # as it was passed, so it may be relative
     sha256: str
 
 
@@ -86,7 +86,7 @@ class WeightsUnchanged:
 
 @dataclass(frozen=True, repr=False)
 class About:
-    """What a report is about. Prints as labelled lines; `to_dict` has the fields' names as keys."""
+    """What a report is about. It prints as labelled lines; `to_dict` has field names as keys."""
 
     checkpoint: CheckpointSummary
     update: UpdateSummary
@@ -111,7 +111,7 @@ class About:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "About":
-        """What `to_dict` made a dict of.
+        """The object of which `to_dict` made this dict.
 
         Raises:
             KeyError, TypeError, ValueError: `data` is something else.

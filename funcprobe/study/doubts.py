@@ -1,4 +1,4 @@
-"""What only a probe can see to doubt about its results, and what to do about it."""
+"""Doubts about a probe's results that only the probe itself can see, and what to do about them."""
 
 from ..calculus.results import Sweep
 from ..language.recipes import as_recipe
@@ -53,8 +53,8 @@ def _without_rule(swept: Sweep) -> str:
     if not swept.fallbacks:
         return ""
     return (
-        f"no increment rule for {', '.join(swept.fallbacks)}: subtracted there, with rounding. "
-        "Give sweep a rule for them, or load the checkpoint in float64."
+        f"there is no increment rule for {', '.join(swept.fallbacks)}: values were subtracted "
+        "there, with rounding. Call sweep with rules= for them, or load the checkpoint in float64."
     )
 
 
@@ -64,6 +64,6 @@ def _guessed_divisor(setup: Setup) -> str:
         return ""
     return (
         f"U's longest response, {setup.divisor} tokens, was taken as the constant that the loss is "
-        "divided by. The saved moments are in the run's own unit: pass max_length= its longest "
+        "divided by. The saved moments are in the run's own unit: pass max_length=, its longest "
         "allowed completion."
     )

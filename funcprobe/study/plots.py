@@ -27,7 +27,7 @@ def plot(
     ax: "Axes | None" = None,
     unit: float | None = None,
 ) -> "Axes":
-    """Draws the entropy change against eta with 95% intervals, and the predicted line through it.
+    """Draws a change against eta with 95% intervals, and the line predicted for it.
 
     Args:
         change: from `entropy_change`.
@@ -147,7 +147,7 @@ def _axes(ax: "Axes | None") -> "Axes":
 
 
 def _predicted(ax: "Axes", series: Series, etas: Tensor, scale: float) -> None:
-    """The Taylor polynomial from 0 to the outermost etas, with its interval."""
+    """Draws the Taylor polynomial from 0 to the outermost etas, with its interval."""
     first, last = min(float(etas.min()), 0.0), max(float(etas.max()), 0.0)
     span = torch.linspace(first, last, 101).double()
     line, error = series.predict(span), _half(series.psi) * series.predict_stderr(span)
@@ -158,7 +158,7 @@ def _predicted(ax: "Axes", series: Series, etas: Tensor, scale: float) -> None:
 
 
 def _measured(ax: "Axes", x: Tensor, y: Tensor, error: Tensor) -> None:
-    """Dots with error bars, or a curve with a band if there are many points."""
+    """Draws dots with error bars, or a curve with a band if there are many points."""
     if len(x) <= _MANY:
         ax.errorbar(x, y, error, fmt="o", ms=4, capsize=3, color="C0", label="measured")
         return

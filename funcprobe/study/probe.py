@@ -1,4 +1,4 @@
-"""The mixed probe: the update that a batch U would cause, and what it does to the entropy on E."""
+"""The probe: the update that a batch U would cause, and what it would do to the entropy on E."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -91,7 +91,8 @@ def probe(
             see `sweep`.
         matmul: "tf32" or "bfloat16" for the precision of the increments' matrix products; the error
             is measured and reported.
-        max_length: the divisor of recipes with a constant one, in tokens.
+        max_length: the divisor of recipes with a constant one, in tokens; U's R if not given, which
+            is flagged.
         tokens: how many positions a block holds at most: rows times positions times lanes. It
             bounds memory. The default is 1024 on a CPU, and on a CUDA device what its free memory
             allows; the report states it.
@@ -103,7 +104,7 @@ def probe(
         progress: whether to show progress bars on standard error.
 
     Returns:
-        The report; None on ranks other than 0, which never hold other ranks' rows of E.
+        The report; None on ranks other than 0, which never hold other ranks' results on E.
 
     Raises:
         ValueError: the batches, rates or state do not fit; see the functions composed.
@@ -213,6 +214,8 @@ def _with_old_logp(setup: Setup) -> Batch:
 def _sweep(setup: Setup, plan: _Plan) -> Sweep | None:
     """E's scores at every learning rate; None on ranks other than 0."""
     settings, params = setup.settings, setup.checkpoint.params
+    # Blocks get no more lanes than there are points: every eta, and the base where values are
+    # subtracted; with nodes, as many as a first evaluation has.
     points = FIRST
     if settings.nodes is None:
         points = len(plan.etas) + (settings.change == "direct")

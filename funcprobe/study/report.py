@@ -38,7 +38,7 @@ _GAP = ("...",) * len(_COLUMNS)
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What a probe measured. Prints as a table; `save` writes JSON, safetensors and figures.
+    """What a probe measured. It prints as a table; `save` writes JSON, safetensors and figures.
 
     ``pandas.DataFrame(report.rows())`` is a table with a row for each learning rate.
     """
@@ -176,7 +176,7 @@ class Report:
         return [folder / f"report.{ending}" for ending in files]
 
     def _tensors(self, direction: bool) -> dict[str, Tensor]:
-        """What report.safetensors holds. E's behaviour is there only if its rows were weighted."""
+        """What report.safetensors holds; behaviour and control only if the estimator has them."""
         tensors = {f"change.{name}": x for name, x in self.change.tensors().items()}
         tensors |= {f"series.{name}": x for name, x in self.series.tensors().items()}
         tensors |= self.arrays
@@ -186,7 +186,7 @@ class Report:
                 tensors[f"estimator.{name}"] = of_estimator
         if direction and self.direction is None:
             raise ValueError(
-                "Report.save: direction=True needs a report with its direction v, this one has "
+                "Report.save: direction=True needs a report with its direction v, but this one has "
                 "none. Likely it was loaded from a folder where v had not been saved. Leave "
                 "direction= out, or probe again."
             )
@@ -206,15 +206,15 @@ class Report:
         try:
             report = cls(**_fields(data, tensors))
             columns = report._columns()
-            told = [[row[name] for row in data["etas"]] for name in ("eta", "change")]
+            saved = [[row[name] for row in data["etas"]] for name in ("eta", "change")]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _unreadable(
-                f"{folder} has one that does not hold what it should ({error!r})",
+                f"the one in {folder} does not hold what it should ({error!r})",
                 "a file was edited or cut short",
             ) from error
-        if told != [plain(columns[name]) for name in ("eta", "change")]:
+        if saved != [plain(columns[name]) for name in ("eta", "change")]:
             raise _unreadable(
-                f"the two files in {folder} hold other numbers", "they were written by two runs"
+                f"the two files in {folder} hold different numbers", "they were written by two runs"
             )
         return report
 
@@ -300,7 +300,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _unreadable(arrived: str, cause: str) -> ValueError:
     return ValueError(
         "Report.load: a folder with a report.json and a report.safetensors of schema "
-        f"{SCHEMA} was expected, {arrived}. Likely {cause}. Probe again, and save the report."
+        f"{SCHEMA} was expected, but {arrived}. Likely {cause}. Probe again, and save the report."
     )
 
 
@@ -324,7 +324,7 @@ def _fields(data: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         quantity=data["quantity"],
     )
     series = Series(**under("series."), estimator=estimator, quantity=data["quantity"])
-    # JSON has no infinity: it is what None stands for in a rounding error, which is never nan.
+    # JSON has no infinity. In a rounding error, which is never nan, None stands for it.
     rounding: dict[str, Any] | None = data["rounding"]
     if rounding is not None:
         rounding = {name: math.inf if x is None else x for name, x in rounding.items()}

@@ -1,4 +1,4 @@
-"""What rounding leaves of a change, measured by computing a sample of rows in another way."""
+"""The rounding error of a change, measured by computing a sample of rows in a second way."""
 
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ SAMPLED = 16  # rows of E whose changes are computed twice
 class Recomputed(NamedTuple):
     """The changes of a sample of E's rows at one eta, computed a second time."""
 
-    k: int  # of the eta
+    k: int  # the index of that eta
     rows: Tensor  # [n] int64, which rows of E
     change: Any  # scores with leading [1, n]; None on ranks other than 0
 
@@ -35,7 +35,7 @@ def recompute_sample(
     *,
     middle: bool = False,
 ) -> Recomputed | None:
-    """Computes the changes of a sample of rows again, by full increments, at one eta.
+    """Computes the changes of a sample of rows again at one eta, by increments in full precision.
 
     They start from parameters that are one rounding away, because the same parameters might round
     in the same way.
@@ -85,7 +85,7 @@ def noise(
     """
     first = tree_map(lambda leaf: leaf[sample.k, sample.rows], swept.change)
     again = tree_map(lambda leaf: leaf[0], sample.change)
-    width = min(first[0].shape[-1], again[0].shape[-1])  # of the longest response in both
+    width = min(first[0].shape[-1], again[0].shape[-1])  # both hold the sample's longest response
     off = tree_map(lambda a, b: a[..., :width] - b[..., :width], first, again)
     return rounding(
         swept.base,

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 def _accepts_path(
     fn: Callable[Concatenate[Policy, Rest], Result],
 ) -> Callable[Concatenate[Policy | str | Path, Rest], Result]:
-    """`fn`, whose policy may also be the path of a checkpoint, which is loaded by the defaults."""
+    """`fn`, whose policy may also be a checkpoint's path, which is loaded with the defaults."""
 
     def accepting(policy: Any, *args: Any, **kwargs: Any) -> Any:
         return fn(as_checkpoint(policy), *args, **kwargs)

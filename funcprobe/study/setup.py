@@ -44,7 +44,7 @@ class Inputs(NamedTuple):
     checkpoint: Checkpoint
     update: Batch  # as wide as it came
     evaluation: Batch
-    sources: tuple[Source, ...]  # on rank 0
+    sources: tuple[Source, ...]  # on rank 0; empty elsewhere
 
 
 class Setup(NamedTuple):
@@ -67,7 +67,10 @@ def read_inputs(
     evaluation: Batch | str | Path,
     group: Group,
 ) -> Inputs:
-    """Loads what was given as paths, and hashes the files."""
+    """Loads what was given as paths, and hashes the files.
+
+    A checkpoint with the default sampling settings takes those that a file of E's lines carries.
+    """
     checkpoint = as_checkpoint(checkpoint)
     paths = {
         name: Path(given)

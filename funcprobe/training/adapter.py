@@ -26,8 +26,9 @@ def load_adapter(
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors or adapter_model.bin.
-        base_model: None takes what adapter_config.json names, first as a path from `folder`.
-        dtype: of a base that is loaded.
+        base_model: the base, or where it is. If None, it is the one that adapter_config.json names,
+            which is first tried as a path from `folder`.
+        dtype: the dtype of a base that is loaded, in which saved tensors are compared.
 
     Returns:
         The PEFT model, and the base's folder or hub id; None if it was given as a module.
@@ -67,7 +68,7 @@ def _named(folder: Path, config: dict[str, Any]) -> tuple[str | Path, str | None
         raise refusal(
             "a base model was expected, but adapter_config.json names none",
             "it was a module in memory",
-            "Pass base_model= the folder, hub id or module the adapter was trained on.",
+            "Pass base_model=, the folder, hub id or module that the adapter was trained on.",
         )
     return folder / name if (folder / name).exists() else name, config.get("revision")
 
@@ -107,8 +108,8 @@ def _check_landed(module: PeftModel, weights: Params, dtype: torch.dtype) -> Non
     if lost or bare:
         raise refusal(
             "the saved adapter tensors and the trained parameters were expected to be the same, "
-            f"{len(lost)} tensors did not load as saved: {listed(lost)}; {len(bare)} parameters "
-            f"have none: {listed(bare)}",
+            f"but {len(lost)} tensors did not load as saved: {listed(lost)}; {len(bare)} "
+            f"parameters have none: {listed(bare)}",
             "adapter_config.json or the base model (its layers, its dtype) is not the run's",
             "Pass base_model=.",
         )

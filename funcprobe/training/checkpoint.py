@@ -65,13 +65,15 @@ def load_checkpoint(
     which sizes, shapes and step counts can refute but not prove. `Checkpoint.match` says which.
 
     Args:
-        path: holds adapter_config.json and adapter_model.safetensors, or a whole model (then every
-            parameter is trained), and optimizer.pt or optimizer.bin.
+        path: a folder with adapter_config.json and adapter_model.safetensors (or .bin), or with a
+            whole model (then every parameter is trained), and with optimizer.pt or optimizer.bin.
         base_model: a folder, a hub id, a .gguf file, or a module, which is left as it is and shares
-            its weights; None takes what adapter_config.json names, first as a path from `path`.
+            its weights. If None, it is the one that adapter_config.json names, which is first tried
+            as a path from `path`.
         dtype: of every floating tensor, float32 or float64; None keeps those of a given module.
         device: of every tensor; None leaves them on the CPU, or where a given module has them.
-        names: the parameters in the optimizer's order, its groups one after another.
+        names: the parameters in the optimizer's order, its groups one after another; if None, they
+            are matched as above.
         max_grad_norm: the run's gradient clipping, which no checkpoint records; None or 0 is none.
         optimizer: "saved", or "fresh": zero moments, with `lr` and AdamW's betas (0.9, 0.999), eps
             1e-8 and weight decay 0.
@@ -82,8 +84,8 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: the folder does not exist, or it lacks the weights or the optimizer.
-        ValueError: files that cannot be read, are sharded or quantised, are not AdamW's, or do not
-            fit the model or each other; what `split` refuses.
+        ValueError: an unknown option; files that cannot be read, are sharded or quantised, are not
+            AdamW's, or do not fit the model or each other; or a module that `split` refuses.
     """
     folder, fresh = Path(path), optimizer == "fresh"
     _check_options(dtype, optimizer, lr)
@@ -101,7 +103,7 @@ def load_checkpoint(
     if idle and not fresh:
         notes += (f"never stepped, so their moments are 0: {listed(idle)}",)
     if max_grad_norm == 1:
-        notes += ("clipping at 1.0 assumed: the Trainer's default is not saved",)
+        notes += ("clipping at 1.0, the Trainer's default, is assumed: no checkpoint records it",)
     if tokenizer is None:
         notes += ("no tokenizer found",)
     return Checkpoint(
@@ -135,7 +137,7 @@ def _check_options(dtype: torch.dtype | None, optimizer: str, lr: float | None) 
         raise refusal(
             f"optimizer='saved', or 'fresh' with lr=, was expected, not {optimizer!r} and lr={lr}",
             "the rate was left out",
-            "Pass lr= the rate you ask about.",
+            "Pass lr=, the rate you ask about.",
         )
 
 

@@ -27,7 +27,10 @@ def find_file(folder: Path, *names: str) -> Path:
 
 
 def _diagnose(folder: Path, optimizer: bool) -> tuple[str, str, str]:
-    """What a folder holds instead of a file, the optimizer's or another; the cause and the cure."""
+    """What a folder holds instead of a file that it lacks, the likely cause and the cure.
+
+    `optimizer` says whether the file is the optimizer's.
+    """
     if not folder.is_dir():
         return "no such folder", "it is misspelt or a hub id", "Pass a local folder."
     checkpoints = [path.name for path in folder.glob("checkpoint-*")]

@@ -63,7 +63,7 @@ class AdamwSettings(TypedDict):
 
 
 def read_optimizer(folder: Path) -> SavedOptimizer:
-    """The optimizer that a folder holds, if it is AdamW, complete and in full floats.
+    """The optimizer that a folder holds, if it is a complete AdamW that is not quantised.
 
     Raises:
         FileNotFoundError: there is no optimizer.pt or optimizer.bin.
@@ -158,12 +158,13 @@ def match_names(
             f"{len(trained)} trained among them, found {len(set(order))} names for {len(order)}; "
             f"unknown: {listed(unknown)}; missing: {listed(missing)}",
             "the optimizer is another model's",
-            f"Pass names= its parameters in order. {FRESH}",
+            f"Pass names=, its parameters in order. {FRESH}",
         )
     return Match(order, match.how)
 
 
-# One reader a layout. Each gives the names in the optimizer's order, or None for another layout.
+# There is a reader for each layout. It gives the names in the optimizer's order, or None if the
+# layout is another one.
 
 
 def _keyed_by_name(saved: SavedOptimizer, module: nn.Module, trained: list[str]) -> Match | None:
@@ -173,7 +174,7 @@ def _keyed_by_name(saved: SavedOptimizer, module: nn.Module, trained: list[str])
 
 
 def _param_names(saved: SavedOptimizer, module: nn.Module, trained: list[str]) -> Match | None:
-    """torch's own, where the parameters were given with their names."""
+    """torch's own layout where the parameters were given with their names."""
     if not all("param_names" in group for group in saved.groups):
         return None
     return Match([name for group in saved.groups for name in group["param_names"]], "by name")
@@ -216,7 +217,7 @@ def _refuse_groups(saved: SavedOptimizer, module: nn.Module, trained: list[str])
         f"one group of {len(trained)} parameters, or the Trainer's {len(decayed)} with decay and "
         f"{len(free)} without, were expected, found groups of {_sizes(saved)}",
         "the optimizer was grouped otherwise, or is another model's",
-        f"Pass names= its parameters in order. {FRESH}",
+        f"Pass names=, its parameters in order. {FRESH}",
     )
 
 
@@ -230,6 +231,9 @@ def adamw_settings(
         order: the parameters' names in its order.
         params: the trainable parameters.
         lr: replaces all saved rates, if given.
+
+    Raises:
+        ValueError: all rates are 0, without an initial one to use instead.
     """
     owner = dict(zip(order, (g for g in saved.groups for _ in g["params"]), strict=True))
     groups = {name: owner[name] for name in params}
@@ -243,7 +247,7 @@ def adamw_settings(
         max_grad_norm=None,
     )
     ended = rate == "initial_lr"
-    return settings, ("lr is 0 at the end of the schedule: initial_lr used",) * ended
+    return settings, ("lr is 0 at the end of the schedule, so initial_lr is used",) * ended
 
 
 def _rate(groups: dict[str, Group]) -> str:
@@ -255,7 +259,7 @@ def _rate(groups: dict[str, Group]) -> str:
     raise refusal(
         "a positive learning rate was expected, but all are 0",
         "the schedule had ended",
-        "Pass lr= the rate you ask about.",
+        "Pass lr=, the rate you ask about.",
     )
 
 
@@ -274,7 +278,7 @@ def _pair(betas: Sequence[Any]) -> tuple[float, float]:
 
 
 def adam_state(saved: SavedOptimizer, match: Match, params: Params, amsgrad: bool) -> AdamState:
-    """The moments by name, in dtype and on device of the parameters; 0 where none were saved.
+    """The moments by name, in the parameters' dtype and on their device; 0 where none were saved.
 
     Raises:
         ValueError: moments of another shape, or of other parameters than the trained ones; or step
@@ -314,7 +318,7 @@ def _check_entries(
             f"were expected. {len(wrong)} have other shapes: {listed(wrong)}; {len(stray)} belong "
             f"to frozen or unlisted parameters: {listed(stray)}; step counts: {steps[:5]}",
             "the optimizer numbers its parameters in another order, or is another model's",
-            f"Pass names= its parameters in order. {FRESH}",
+            f"Pass names=, its parameters in order. {FRESH}",
         )
 
 

@@ -28,7 +28,7 @@ def load_pretrained(
     with explained(
         f"a causal language model was expected at {source}",
         "it has moved, is damaged or is no such model",
-        "Pass base_model= a folder, hub id, .gguf file or module.",
+        "Pass base_model=, a folder, hub id, .gguf file or module.",
     ):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             where, dtype=dtype, revision=revision or "main", output_loading_info=True, **gguf
@@ -45,7 +45,10 @@ def load_pretrained(
 
 
 def load_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the first of these places that has one."""
+    """The tokenizer of the first of these places that has one, or None.
+
+    A hub id or a .gguf file is taken to have one.
+    """
     for source in sources:
         where, gguf = _location(source)
         on_disk = not gguf and Path(where).is_dir()

@@ -145,7 +145,7 @@ class _Rematerialised(torch.autograd.Function):
 def _differentiate(
     fn: Callable[..., Tensors], needed: Needed, inputs: Tensors, cotangents: Tensors
 ) -> Cotangents:
-    """The cotangents of the inputs of `fn`, by differentiating it; recomputed in their turn."""
+    """The cotangents of the inputs of `fn`, by differentiating it in a way that recomputes too."""
     n = len(inputs)
 
     def pulled(*tensors: Tensor) -> Tensors:
@@ -172,13 +172,13 @@ def _pull_lanes(
     dims = (*_dims(shared), *[0] * (m + len(cotangents)))
     lanes = torch.func.vmap(of_lane, in_dims=dims)(*inputs, *outputs, *cotangents)
     return tuple(
-        grad.sum(0) if grad is not None and one else grad
-        for grad, one in zip(_spread(needed, lanes), shared, strict=True)
+        grad.sum(0) if grad is not None and is_shared else grad
+        for grad, is_shared in zip(_spread(needed, lanes), shared, strict=True)
     )
 
 
 def _dims(shared: tuple[bool, ...]) -> tuple[int | None, ...]:
-    return tuple(None if one else 0 for one in shared)
+    return tuple(None if is_shared else 0 for is_shared in shared)
 
 
 def _spread(needed: Needed, grads: Tensors) -> Cotangents:

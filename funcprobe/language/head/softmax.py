@@ -96,7 +96,7 @@ class _Statistics(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """The same of the slices that have been read so far, in the notation of `logp_and_entropy`."""
+    """Sums over the slices that have been read so far, in the notation of `logp_and_entropy`."""
 
     m: Tensor
     s: Tensor

@@ -37,12 +37,12 @@ def attend(
 ) -> tuple[Tensor, None]:
     """``softmax(scaling q k' + mask) v``, query block by query block, each with the keys up to it.
 
-    It stands in for fused kernels, which lack forward mode and some of them vmap, and for the eager
-    implementation, which repeats keys and values for every query head of a group and computes the
-    scores that the mask then hides.
+    It stands in for fused kernels, which all lack forward mode and of which some lack vmap, and for
+    the eager implementation, which repeats keys and values for every query head of a group and
+    computes the scores that the mask then hides.
 
     Args:
-        module: the attention layer, of which an error gives the class.
+        module: the attention layer; an error names its class.
         query: [B, heads, L, size].
         key, value: [B, heads of keys, L, size]; several query heads may share one.
         attention_mask: additive and causal, [B or 1, 1, L, L]; None masks nothing.
@@ -60,7 +60,7 @@ def attend(
     """
     if dropout or options.get("s_aux") is not None:
         raise ValueError(
-            f"attention: neither dropout nor attention sinks are supported, "
+            f"attention: neither dropout nor attention sinks are supported, but "
             f"{type(module).__name__} asks for one of them. Use a model without attention sinks, "
             "in eval mode."
         )

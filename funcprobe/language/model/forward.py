@@ -20,7 +20,7 @@ Params = dict[str, Tensor]
 
 
 class Halves(NamedTuple):
-    """A copy of a skeleton that one call has for itself, and the halves that it is called by."""
+    """A copy of a skeleton that one call has for itself, and the two halves that are run."""
 
     whole: nn.Module
     body: nn.Module  # the decoder, under the names of the whole module, prefixed by "whole."
@@ -176,5 +176,5 @@ def _tensor_names(module: nn.Module, names: dict[int, str]) -> dict[str, str]:
 
 
 def _call(module: nn.Module, tensors: Params, inputs: dict[str, Any]) -> Any:
-    """`functional_call` with every name given, ties too: strict, without a walk for each call."""
+    """`functional_call` with every name given, tied ones too, so that no call searches for ties."""
     return functional_call(module, tensors, (), inputs, tie_weights=False)

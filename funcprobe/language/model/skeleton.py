@@ -169,7 +169,7 @@ def _refuse_whole(module: nn.Module) -> None:
 
 
 def _make_pure(part: Any) -> None:
-    """Takes off a skeleton's part what a trainer or an earlier call left on it."""
+    """Takes off a skeleton's part what a trainer left on it, and makes LoRA layers scale early."""
     for name in ("forward", "_original_forward", "_gradient_checkpointing_func"):
         part.__dict__.pop(name, None)
     if getattr(part, "gradient_checkpointing", False):
@@ -196,7 +196,7 @@ def _scales_exactly(layer: nn.Module) -> bool:
 
 
 def _low_rank(layer: Any, x: Tensor) -> Tensor:
-    """``W x + B (s A x)``: what the layer computes, but scaled where it is narrow."""
+    """``W x + B (s A x)``: what the layer computes, but scaled before B, where x is narrow."""
     out: Tensor = layer.base_layer(x)
     dtype = out.dtype
     for name in layer.active_adapters:
