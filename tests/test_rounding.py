@@ -84,6 +84,10 @@ def test_increments_have_no_floor_unless_they_are_hopeless():
     assert bad.floor == torch.inf
     constant = fp.rounding(base, small, proportional=False, **sample)
     assert constant.at([0.0, 1e-3]).tolist() == [0.0, constant.error]
+    flat = series._replace(value=torch.zeros_like(series.value))
+    drowned = fp.rounding(base, small, proportional=False, **sample | {"series": flat})
+    assert drowned.floor == torch.inf
+    assert drowned.at([1e-6, 1e-3]).tolist() == [drowned.error, drowned.error]
 
 
 def test_errors_of_both_scores_may_cancel():

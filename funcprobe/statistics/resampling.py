@@ -174,7 +174,8 @@ def bootstrap(
     )
     note = "" if g > 1 else ONE_PROMPT
     if 1 < g < 30 and not studentised:
-        note = f"only {g} prompts: percentile intervals are too narrow. Use studentised=True."
+        remedy = "Use studentised=True" + (" in the place of bayesian=True." if bayesian else ".")
+        note = f"only {g} prompts: percentile intervals are too narrow. {remedy}"
     return Bootstrap(sweep.etas.cpu(), value, stderr, ends[0], ends[1], drawn, level, note)
 
 

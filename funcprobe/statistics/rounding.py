@@ -23,11 +23,12 @@ class Rounding(NamedTuple):
     eta: float
     floor: float  # |eta| below which the error exceeds a tenth of the change; 0 if none, inf if all
     rows: int  # the number of rows that it was measured on
+    proportional: bool  # whether the error grows with eta, or is the same at each
 
     def at(self, etas: Tensor) -> Tensor:
         """The error at `etas`, [K]: constant for differences, proportional for increments."""
         etas = torch.as_tensor(etas, dtype=torch.float64).abs()
-        if self.floor in (0.0, torch.inf):
+        if self.proportional:
             return self.error * etas / abs(self.eta)
         return torch.where(etas == 0, 0.0, torch.full_like(etas, self.error))
 
@@ -102,7 +103,7 @@ def rounding(
         floor = 0.0 if relative <= SHARE else torch.inf
     else:
         floor = relative / SHARE * abs(eta)
-    return Rounding(error, relative, eta, floor, n)
+    return Rounding(error, relative, eta, floor, n, proportional)
 
 
 def _estimator(scores: Scored, series: Series, behaviour: Tensor | None) -> Estimator:
