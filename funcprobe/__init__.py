@@ -30,10 +30,9 @@ _EXPORTS = {
     "language.objectives": ("objective", "prepare"),
     "language.recipes": ("RECIPES", "Recipe"),
     "language.score": ("Readings", "Sampling", "Scores", "scorer", "with_value"),
-    "rollouts.ground_truth": ("GroundTruth", "ground_truth"),
+    "rollouts.ground_truth": ("GroundTruth",),
     "rollouts.policy": ("Policy",),
     "rollouts.records": ("read_batch", "write_batch"),
-    "rollouts.sample": ("rollout",),
     "runtime.distributed": ("sharded",),
     "runtime.resume": ("resumable",),
     "runtime.serialize": ("fingerprint",),
@@ -50,6 +49,7 @@ _EXPORTS = {
     "study.plots": ("plot", "plot_ratio"),
     "study.probe": ("probe",),
     "study.report": ("Report",),
+    "study.sampling": ("ground_truth", "rollout"),
     "training.checkpoint": ("Checkpoint", "load_checkpoint"),
 }
 _HOME = {name: module for module, names in _EXPORTS.items() for name in names}

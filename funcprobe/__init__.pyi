@@ -55,10 +55,9 @@ from .language.score import (
     scorer as scorer,
     with_value as with_value,
 )
-from .rollouts.ground_truth import GroundTruth as GroundTruth, ground_truth as ground_truth
+from .rollouts.ground_truth import GroundTruth as GroundTruth
 from .rollouts.policy import Policy as Policy
 from .rollouts.records import read_batch as read_batch, write_batch as write_batch
-from .rollouts.sample import rollout as rollout
 from .runtime.distributed import sharded as sharded
 from .runtime.resume import resumable as resumable
 from .runtime.serialize import fingerprint as fingerprint
@@ -93,6 +92,7 @@ from .statistics.weights import pareto_khat as pareto_khat, pareto_smooth as par
 from .study.plots import plot as plot, plot_ratio as plot_ratio
 from .study.probe import probe as probe
 from .study.report import Report as Report
+from .study.sampling import ground_truth as ground_truth, rollout as rollout
 from .training.checkpoint import Checkpoint as Checkpoint, load_checkpoint as load_checkpoint
 
 __version__: str

@@ -151,7 +151,7 @@ def ground_truth(
     answer the same prompts with different seeds.
 
     Args:
-        policy: a `Checkpoint`, or any `Policy`; `study.sampling.ground_truth` also takes a
+        policy: a `Checkpoint`, or any `Policy`; `funcprobe.ground_truth` also takes a
             checkpoint's path. Its sampling settings are used; top-p must be 1.
         v: a direction with the names and shapes of the policy's params.
         eta: learning rate.

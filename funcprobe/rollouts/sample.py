@@ -48,8 +48,7 @@ def rollout(
     ground truth of a sweep.
 
     Args:
-        policy: a `Checkpoint`, or any `Policy`; `study.sampling.rollout` also takes a checkpoint's
-            path.
+        policy: a `Checkpoint`, or any `Policy`; `funcprobe.rollout` also takes a checkpoint's path.
         prompts: G texts, chat message lists, or lists of token ids.
         samples: responses per prompt.
         max_new_tokens: a response ends at EOS, which it includes, or at this length.
