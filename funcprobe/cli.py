@@ -122,6 +122,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .runtime.distributed import together
 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device {device}: this torch sees no CUDA device. Use --device cpu."
+            )
         with together(device) as (group, speaks):
             _probe(options, device, group, first)
     except (ValueError, OSError, RuntimeError) as error:

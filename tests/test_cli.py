@@ -84,6 +84,8 @@ def test_a_config_file_and_flags_that_override_it(tmp_path, inputs):
         ({"update": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"evaluation": None}, "go together"),
         ({"nodes": "2"}, "nodes must be"),
+        ({"max_length": "-5"}, "max_length must be at least 1, not -5"),
+        ({"tokens": "0"}, "tokens must be at least 1, not 0"),
         ({"format": "png,gif"}, "--format: any of png, pdf, svg"),
     ],
 )

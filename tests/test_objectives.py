@@ -1,5 +1,6 @@
 """Each recipe is its trainer's loss, in value and in the gradient of the live module."""
 
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
@@ -249,3 +250,15 @@ def test_recipes_need_no_torch():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert objectives.RECIPES is RECIPES and objectives.Recipe is Recipe
+
+
+@pytest.mark.parametrize("max_length", [0, -5])
+def test_a_divisor_below_one_is_refused(max_length):
+    with pytest.raises(ValueError, match="max_length must be a positive number of tokens"):
+        prepared("dr_grpo", max_length=max_length)
+
+
+def test_a_loss_copies_and_pickles_and_names_its_recipe():
+    score = cases.toy_score
+    loss = pickle.loads(pickle.dumps(fp.objective(score, "reinforce")))
+    assert loss.recipe == fp.RECIPES["reinforce"] and "baseline='none'" in repr(loss)

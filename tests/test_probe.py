@@ -80,6 +80,14 @@ def test_a_guessed_divisor_is_said(report):
     assert report.about.update.max_length == 18
 
 
+@pytest.mark.parametrize(
+    "setting", [{"max_length": -5}, {"max_length": 0}, {"tokens": 0}, {"lanes": 0}]
+)
+def test_counts_below_one_are_refused(checkpoint, small, setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} must be at least 1"):
+        fp.probe(checkpoint, *small, **setting)
+
+
 def test_batches_of_another_tokenizer_or_wider_than_needed(checkpoint, small):
     alien = small[1]._replace(tokens=small[1].tokens + 1000)
     with pytest.raises(ValueError, match="another model"):

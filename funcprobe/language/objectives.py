@@ -1,6 +1,7 @@
 """Policy-gradient objectives by recipe: fixed on the whole batch, then summed over its rows."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,9 +42,9 @@ def prepare(
         The batch with advantage, weight, old_logp and ref_logp filled.
 
     Raises:
-        ValueError: an unknown recipe, a field it needs that is unknown (nan), log-probabilities of
-            another shape, or advantages in the batch that differ from those the recipe makes of
-            its rewards.
+        ValueError: an unknown recipe, a max_length below 1, a field that the recipe needs and that
+            is unknown (nan), log-probabilities of another shape, or advantages in the batch that
+            differ from those the recipe makes of its rewards.
 
     >>> from funcprobe import collate
     >>> batch = collate([[5], [5]], [[1, 2], [3, 4]], reward=[1.0, 0.0])
@@ -51,6 +52,11 @@ def prepare(
     [1.0, -1.0]
     """
     recipe = as_recipe(recipe)
+    if max_length is not None and max_length < 1:
+        raise ValueError(
+            f"prepare: max_length must be a positive number of tokens, not {max_length}: the loss "
+            "is divided by it. Pass the longest completion that the run allowed."
+        )
     if old_logp is not None:
         batch = batch._replace(old_logp=_like_response("old_logp", old_logp, batch))
     if ref_logp is not None:
@@ -80,19 +86,26 @@ def objective(score: Score, recipe: str | Recipe) -> Loss:
         ValueError: an unknown recipe. The function itself raises it for a batch that was not
             prepared.
     """
-    recipe = as_recipe(recipe)
+    return _Loss(score, as_recipe(recipe))
 
-    def loss(params: Params, batch: Batch) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class _Loss:
+    """What `objective` returns."""
+
+    score: Score
+    recipe: Recipe
+
+    def __call__(self, params: Params, batch: Batch) -> Tensor:
+        """The loss of each response token, [N, R]."""
         _check_prepared(batch)
-        logp = score(params, batch).logp
+        logp = self.score(params, batch).logp
         advantage = batch.advantage.to(logp.dtype).unsqueeze(-1)
-        token = _surrogate(recipe, logp, advantage, batch)
-        if recipe.beta:
+        token = _surrogate(self.recipe, logp, advantage, batch)
+        if self.recipe.beta:
             ref = torch.where(batch.response, batch.ref_logp.to(logp.dtype), 0.0)
-            token = token + recipe.beta * (torch.expm1(ref - logp) - (ref - logp))
+            token = token + self.recipe.beta * (torch.expm1(ref - logp) - (ref - logp))
         return token * batch.weight.to(logp.dtype)
-
-    return loss
 
 
 def _advantage(batch: Batch, recipe: Recipe) -> Tensor:

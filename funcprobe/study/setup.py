@@ -90,6 +90,7 @@ def read_inputs(
 
 def prepared(inputs: Inputs, settings: Settings) -> Setup:
     """Checks the batches, and decides in which blocks everything is computed."""
+    _check_positive(settings)
     checkpoint, params, base = inputs.checkpoint, inputs.checkpoint.params, inputs.checkpoint.base
     update, evaluation = (trim(batch).to("cpu") for batch in (inputs.update, inputs.evaluation))
     _check_tokens("U", update, checkpoint)
@@ -112,12 +113,22 @@ def prepared(inputs: Inputs, settings: Settings) -> Setup:
         checkpoint=checkpoint,
         update=update,
         evaluation=evaluation,
-        divisor=settings.max_length or inputs.update.response.shape[1],
+        divisor=_divisor(settings, inputs.update),
         score=scorer(checkpoint.model, base, sampling=sampling, support=support),
         stream=stream,
         weights_sha256=before,
         sources=inputs.sources,
     )
+
+
+def _check_positive(settings: Settings) -> None:
+    """Refuses settings that count something and are below 1."""
+    for name in ("max_length", "tokens", "lanes"):
+        count = getattr(settings, name)
+        if count is not None and count < 1:
+            raise ValueError(
+                f"probe: {name} must be at least 1, not {count}. Leave it out for the default."
+            )
 
 
 def _check_tokens(name: str, batch: Batch, checkpoint: Checkpoint) -> None:
@@ -129,6 +140,10 @@ def _check_tokens(name: str, batch: Batch, checkpoint: Checkpoint) -> None:
             f"{int(tokens.min())} to {int(tokens.max())}. It was tokenised for another model. "
             "Tokenise it with the checkpoint's tokenizer."
         )
+
+
+def _divisor(settings: Settings, update: Batch) -> int:
+    return update.response.shape[1] if settings.max_length is None else settings.max_length
 
 
 def _room(checkpoint: Checkpoint, settings: Settings, length: int) -> Room:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
-from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from ..tracing import concrete, levels
@@ -45,7 +44,8 @@ def rematerialise(fn: Callable[..., Tensors], *inputs: Tensor, pull: Pull | None
     (27.0, 18.0)
     """
     plain = all(type(x) is Tensor or isinstance(x, nn.Parameter) for x in inputs)
-    if not (plain and torch.is_grad_enabled()) or _forward_mode() or not _reverse_mode(inputs):
+    reverse = plain and torch.is_grad_enabled() and _reverse_mode(inputs)
+    if not reverse or _forward_mode(inputs):
         return fn(*inputs)
     outputs: Tensors = _Rematerialised.apply(fn, pull, *inputs)
     return outputs
@@ -87,17 +87,20 @@ def closed(fn: Callable[..., Tensor], *inputs: Tensor) -> bool:
     return concrete(output) and not output.requires_grad
 
 
-def _forward_mode() -> bool:
+def _forward_mode(inputs: Tensors) -> bool:
     """Whether forward mode of torch.func or torch.autograd is on, inside or around reverse mode.
 
-    All threads share the level that forward mode opens, but the stack of torch.func's transforms
-    belongs to one thread: a `torch.func.jvp` in another thread is not in it.
+    All threads share the levels that forward mode opens. The stack of torch.func's transforms
+    belongs to one thread, and a tangent to its tensor; so another thread's forward mode does not
+    count.
     """
+    stack = functorch.get_interpreter_stack() or []
+    if any(transform.key() == functorch.TransformType.Jvp for transform in stack):
+        return True
     if forward_ad._current_level < 0:
         return False
-    stack = functorch.get_interpreter_stack() or []
-    by_jvp = any(transform.key() == functorch.TransformType.Jvp for transform in stack)
-    return by_jvp or eager_transforms.JVP_NESTING == 0  # without any jvp, it is torch.autograd's
+    tensors = (level for x in inputs if x.is_floating_point() for level in levels(x))
+    return any(forward_ad.unpack_dual(x, level=0).tangent is not None for x in tensors)
 
 
 def _reverse_mode(tensors: Tensors) -> bool:
