@@ -110,12 +110,12 @@ class Carrier(Tensor):
 
     @classmethod
     def without_rule(cls, func: Operation, *args: Any, **kwargs: Any) -> Any:
-        """The parts of the result of an operation that has no rule."""
+        """The parts of the result of an operation that has no rule. Each transform defines it."""
         raise NotImplementedError
 
     @classmethod
     def refuse(cls, reason: str) -> NoReturn:
-        """Raises the transform's error, which says why it cannot go on."""
+        """Raises the error of the transform, which says why it stops. Each transform defines it."""
         raise NotImplementedError
 
     @classmethod
