@@ -48,9 +48,9 @@ from .language.model.split import (
 )
 from .language.objectives import objective as objective, prepare as prepare
 from .language.recipes import RECIPES as RECIPES, Recipe as Recipe
+from .language.sampling import Sampling as Sampling
 from .language.score import (
     Readings as Readings,
-    Sampling as Sampling,
     Scores as Scores,
     scorer as scorer,
     with_value as with_value,

@@ -6,7 +6,7 @@ import torch
 from mistakes import mistake
 
 from funcprobe.language.recipes import as_recipe
-from funcprobe.language.score import Sampling
+from funcprobe.language.sampling import Sampling
 
 # Scores
 
@@ -39,13 +39,35 @@ def logits_are_multiplied_by_the_temperature(right, *args, sampling=Sampling(), 
 
 
 @mistake(
-    "language.head.softmax.nucleus",
-    "test_score.py::test_the_nucleus_is_hugging_faces_on_random_logits",
+    "language.sampling.nucleus",
+    "test_truncation.py::test_the_nucleus_is_hugging_faces_on_random_logits",
 )
 def the_nucleus_stops_short_of_its_probability(right, logits, top_p):
     inside = right(logits, top_p)
     least = logits.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)
     return inside & ~torch.zeros_like(inside).scatter(-1, least, inside.sum(-1, keepdim=True) > 1)
+
+
+TRUNCATED = "test_truncation.py::test_the_possible_tokens_are_those_of_generate"
+
+
+@mistake("language.sampling.likeliest", f"{TRUNCATED}[0.0-1.0-3]")
+def ties_with_the_last_of_the_likeliest_are_dropped(right, logits, top_k):
+    first = logits.topk(min(top_k, logits.shape[-1]), -1).indices
+    return torch.zeros_like(right(logits, top_k)).scatter(-1, first, True)
+
+
+@mistake("language.sampling.near_likeliest", f"{TRUNCATED}[0.5-1.0-0]")
+def min_p_is_a_probability_of_its_own(right, logits, min_p):
+    return right(logits, min_p) & (logits.softmax(-1) >= min_p)
+
+
+@mistake("language.score.scorer", "test_truncation.py::test_estimates_are_exact_when_enumerated")
+def the_possible_tokens_move_with_the_policy(right, *args, support=None, **options):
+    def score(params, batch):
+        return right(*args, support=params, **options)(params, batch)
+
+    return score
 
 
 @mistake("language.batch.targets", f"{SCORES}[llama-1.0]")

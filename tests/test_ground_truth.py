@@ -122,6 +122,7 @@ def test_what_cannot_be_compared_is_refused(checkpoint, evaluation, truth, swept
     v, eta, estimates = swept
     with pytest.raises(ValueError, match="expected to hold eta = 0.0106666667"):
         truth.against(estimates[0]._replace(etas=torch.tensor([0.0, 1.01 * eta])))
-    narrow = replace(checkpoint, sampling=fp.Sampling(top_p=0.9))
-    with pytest.raises(ValueError, match="top_p = 1 was expected, not 0.9"):
-        drawn(narrow, v, eta, evaluation)
+    for settings in (dict(top_p=0.9), dict(top_k=9), dict(min_p=0.1)):
+        narrow = replace(checkpoint, sampling=fp.Sampling(**settings))
+        with pytest.raises(ValueError, match="without top-p, top-k and min-p was expected"):
+            drawn(narrow, v, eta, evaluation)

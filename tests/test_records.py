@@ -8,7 +8,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.language.batch import trim
-from funcprobe.rollouts.records import read_sampling
+from funcprobe.rollouts.records import read_sampling, read_temperature
 
 
 def same(a: fp.Batch, b: fp.Batch) -> bool:
@@ -155,11 +155,66 @@ def test_bad_lines_are_named(tmp_path, text, complaint):
         fp.read_batch(tmp_path / "bad.jsonl")
 
 
+ROW = {"prompt_ids": [1], "completion_ids": [2]}
+
+
+def test_every_sampling_setting_survives_the_round_trip(tmp_path):
+    sampling = fp.Sampling(0.7, 0.9, 50, 0.05)
+    fp.write_batch(tmp_path / "b.jsonl", fp.collate([[1]], [[2]]), sampling=sampling)
+    assert read_sampling(tmp_path / "b.jsonl") == sampling
+    assert read_temperature(tmp_path / "b.jsonl") == 0.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "sampling"),
+    [
+        ({}, fp.Sampling()),
+        ({"temperature": 0.6}, fp.Sampling(0.6)),
+        ({"top_k": 50, "top_p": None, "min_p": None}, fp.Sampling(top_k=50)),
+        ({"top_k": -1, "min_p": 0.0, "min_tokens": 0, "presence_penalty": 0.0}, fp.Sampling()),
+        ({"temperature": 1, "repetition_penalty": 1.0, "typical_p": 1.0}, fp.Sampling()),
+        ({"do_sample": True, "num_beams": 1, "top_h": None}, fp.Sampling()),
+    ],
+)
+def test_settings_that_do_nothing_may_stand_in_a_line(tmp_path, settings, sampling):
+    assert read_sampling(lines(tmp_path / "s.jsonl", ROW | {"sampling": settings})) == sampling
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"repetition_penalty": 1.05, "top_p": 0.8}, r"also holds \{'repetition_penalty': 1.05\}"),
+        ({"do_sample": False}, r"also holds \{'do_sample': False\}"),
+        ({"top_h": 0.4}, r"also holds \{'top_h': 0.4\}"),
+        ({"temperature": 0}, "temperature must be positive, not 0"),
+        ({"temperature": "0.7"}, "temperature must be a number, not '0.7'"),
+        ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
+        ({"min_p": 2}, r"min_p must lie in \[0, 1\], not 2"),
+        ([0.7, 0.9], r"sampling must be an object, not \[0.7, 0.9\]"),
+    ],
+)
+def test_settings_that_cannot_be_scored_are_named(tmp_path, settings, complaint):
+    path = lines(tmp_path / "s.jsonl", ROW | {"sampling": settings})
+    with pytest.raises(ValueError, match=f"^read_sampling: .*s.jsonl: .*{complaint}"):
+        read_sampling(path)
+
+
+def test_the_temperature_alone_is_read_beside_any_setting(tmp_path):
+    path = lines(tmp_path / "u.jsonl", ROW | {"sampling": {"temperature": 0.7, "top_h": 0.4}})
+    assert read_temperature(path) == 0.7
+    assert read_temperature(lines(tmp_path / "v.jsonl", ROW | {"sampling": {"top_p": 0.9}})) is None
+    assert read_temperature(lines(tmp_path / "w.jsonl", ROW)) is None
+    with pytest.raises(ValueError, match="^read_temperature: .*temperature must be positive"):
+        read_temperature(lines(tmp_path / "x.jsonl", ROW | {"sampling": {"temperature": -1}}))
+
+
 def test_mixed_sampling_settings_are_refused(tmp_path):
-    row = {"prompt_ids": [1], "completion_ids": [2]}
-    path = lines(tmp_path / "m.jsonl", row | {"sampling": {"temperature": 1.0}}, row)
+    path = lines(tmp_path / "m.jsonl", ROW | {"sampling": {"temperature": 1.0}}, ROW)
+    for read in (read_sampling, read_temperature):
+        with pytest.raises(ValueError, match="one sampling setting"):
+            read(path)
+    path = lines(tmp_path / "n.jsonl", *(ROW | {"sampling": {"top_k": k}} for k in (5, 6)))
     with pytest.raises(ValueError, match="one sampling setting"):
         read_sampling(path)
-    path = lines(tmp_path / "k.jsonl", row | {"sampling": {"top_k": 50}})
-    with pytest.raises(ValueError, match="may hold temperature and top_p"):
-        read_sampling(path)
+    path = lines(tmp_path / "o.jsonl", *(ROW | {"sampling": s} for s in ({}, {"top_p": 1})))
+    assert read_sampling(path) == fp.Sampling()

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, TopPLogitsWarper
+from transformers import LlamaForCausalLM, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import funcprobe as fp
 from funcprobe.language.batch import targets
@@ -29,17 +29,36 @@ def test_a_seed_repeats_and_leaves_the_random_state_and_weights_alone(checkpoint
     assert first.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
-@pytest.mark.parametrize("sampling", [fp.Sampling(), fp.Sampling(0.6), fp.Sampling(1.3, 0.8)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        fp.Sampling(),
+        fp.Sampling(0.6),
+        fp.Sampling(1.3, 0.8),
+        fp.Sampling(2, top_k=4),
+        fp.Sampling(1.5, min_p=0.1),
+        fp.Sampling(2.0, 0.9, 6, 0.05),
+    ],
+)
 def test_the_sampler_is_the_scored_policy(checkpoint, sampling):
     # rollout itself compares the sampler's log-probabilities with the scorer's.
     batch = draw(checkpoint, sampling=sampling, tolerance=1e-6)
-    support = checkpoint.params if sampling.top_p < 1 else None
+    support = checkpoint.params if sampling.truncates else None
     score = fp.scorer(checkpoint.model, checkpoint.base, sampling=sampling, support=support)
     logp = fp.evaluate(score, checkpoint.params, batch).logp
     assert torch.allclose(logp[batch.response], batch.old_logp[batch.response], atol=1e-12)
 
 
-@pytest.mark.parametrize("sampling", [fp.Sampling(2.0), fp.Sampling(2.0, 0.8)])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        fp.Sampling(2.0),
+        fp.Sampling(2.0, 0.8),
+        fp.Sampling(2.0, top_k=5),
+        fp.Sampling(2.0, min_p=0.05),
+        fp.Sampling(2.0, 0.95, 7, 0.02),
+    ],
+)
 def test_tokens_come_as_often_as_the_scored_policy_says(checkpoint, sampling):
     """Pearson's test of first tokens: what the sampler does after its last record shows here."""
     batch = fp.rollout(
@@ -53,8 +72,12 @@ def test_tokens_come_as_often_as_the_scored_policy_says(checkpoint, sampling):
     )
     z = fp.logits(checkpoint.model, checkpoint.params, checkpoint.base, batch.rows([0]))[0, 0]
     z = z / sampling.temperature
+    if sampling.top_k > 0:
+        z = TopKLogitsWarper(sampling.top_k)(None, z.unsqueeze(0))[0]
     if sampling.top_p < 1:
         z = TopPLogitsWarper(sampling.top_p)(None, z.unsqueeze(0))[0]
+    if sampling.min_p > 0:
+        z = MinPLogitsWarper(sampling.min_p)(None, z.unsqueeze(0))[0]
     p = z.softmax(-1)
     count = targets(batch)[:, 0].bincount(minlength=len(p)).double()
     assert (count[p == 0] == 0).all()

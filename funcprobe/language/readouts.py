@@ -1,7 +1,7 @@
 """Readouts: numbers a scorer reads off each next-token distribution, one short function each.
 
 A readout is any function ``(logits [T, V], target [T]) -> [T]``. The scorer has already divided the
-logits by the temperature and set them to -inf outside the nucleus. With ``scorer(reference=)`` the
+logits by the temperature and set impossible tokens to -inf. With ``scorer(reference=)`` the
 readout gets the reference's logits as a third argument, which `expected_kl` needs and the others do
 not take. All readouts here are finite at logits of -inf, in value and in every derivative, and each
 of their operations has an increment rule.

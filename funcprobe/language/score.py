@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .batch import Batch
 from .head.rematerialise import Tensors, closed, rematerialise
-from .head.softmax import head_scores, logp_and_entropy, nucleus
+from .head.softmax import head_scores, logp_and_entropy
 from .model.split import Model, Params
+from .sampling import Sampling
 from .summaries import summary
 from .tracing import concrete
 
@@ -49,31 +50,6 @@ class Readings(NamedTuple):
 Score = Callable[[Params, Batch], Scores | Readings]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn, and so which policy is scored: temperature first, then top-p.
-
-    Args:
-        temperature: what the logits are divided by. A tensor [] may be differentiated.
-        top_p: the least probability of the nucleus from which tokens are drawn.
-
-    Raises:
-        ValueError: a temperature that is not positive, or top_p outside (0, 1].
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(
-                f"Sampling: temperature must be positive, not {self.temperature}. "
-                "Greedy decoding has no entropy and no gradient."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"Sampling: top_p must lie in (0, 1], not {self.top_p}.")
-
-
 def scorer(
     model: Model,
     base: Params,
@@ -88,21 +64,22 @@ def scorer(
 
     ``logp_k = log pi(y_k | x, y_<k)`` and ``H_k = -sum_y pi(y) log pi(y)`` over the full softmax
     of ``logits / temperature`` (Rao-Blackwell: the entropy given the prefix, not a sampled one).
-    With top-p, both are those of the renormalised nucleus. Its tokens are the nucleus at `support`,
-    so that the policy stays differentiable. A readout's values take the place of the entropy.
+    With top-k, top-p or min-p, both are those of the tokens that remain possible, renormalised.
+    These are the tokens that are possible at `support`, so that the policy stays differentiable. A
+    readout's values take the place of the entropy.
 
-    A response token outside the nucleus has a log-probability of -inf, and the change of it along a
+    An impossible response token has a log-probability of -inf, and the change of it along a
     direction is nan: those responses were sampled with other settings, or from another model, than
     they are scored with. Otherwise a score is nan only if the logits are, as after a step so long
     that the model overflows.
 
     Args:
         model, base: what `split` gave.
-        sampling: the policy's temperature and top-p.
-        support: the parameters whose nucleus is held fixed. They are required if ``top_p < 1`` and
-            cost one more forward pass.
+        sampling: the policy's temperature, top-p, top-k and min-p.
+        support: the parameters that decide which tokens are possible. They are required if
+            ``sampling.truncates``, and cost one more forward pass.
         readout: ``(logits [T, V], target [T]) -> [T]``, a function of its arguments alone. Its
-            logits are divided by the temperature, and -inf outside the nucleus; see `readouts`.
+            logits are divided by the temperature, and -inf at impossible tokens; see `readouts`.
         reference: parameters that stay fixed. The readout gets their logits, under the same
             settings, as a third argument, which costs one more forward pass.
         chunk: response positions per pass through the head; the default fills 16 MiB of logits.
@@ -113,13 +90,13 @@ def scorer(
         each row is computed from the batch's same row alone.
 
     Raises:
-        ValueError: ``top_p < 1`` without `support`, or `reference` without `readout`. The function
-            itself raises it if a readout does not give one floating number a token.
+        ValueError: ``sampling.truncates`` without `support`, or `reference` without `readout`. The
+            function itself raises it if a readout does not give one floating number a token.
     """
-    if sampling.top_p < 1 and support is None:
+    if sampling.truncates and support is None:
         raise ValueError(
-            f"scorer: top_p = {sampling.top_p} needs support=, the parameters whose nucleus is "
-            "held fixed (those that sampled the responses)."
+            f"scorer: {sampling} needs support=, the parameters that decide which tokens are "
+            "possible. Pass those that sampled the responses."
         )
     if reference is not None and readout is None:
         raise ValueError(
@@ -150,8 +127,8 @@ class _Scorer:
         """What a nan in the scores, or in a change or derivative of them, means."""
         return (
             "Either the parameters or the model's logits hold nan, or a scored token has "
-            "probability 0: outside the top-p nucleus a token scores -inf, which has no change. "
-            "Such a response was sampled with other settings or from another model."
+            "probability 0: a token that top-k, top-p or min-p excludes scores -inf, which has no "
+            "change. Such a response was sampled with other settings or from another model."
         )
 
     def __call__(self, params: Params, batch: Batch) -> Scores | Readings:
@@ -173,18 +150,13 @@ class _Scorer:
 
     def _policies(self, params: Params) -> list[Params]:
         """The policies whose logits are read: the scored one first, the support policy last."""
-        support = self.support if self._narrow else None
+        support = self.support if self.sampling.truncates else None
         return [params, *(policy for policy in (self.reference, support) if policy is not None)]
-
-    @property
-    def _narrow(self) -> bool:
-        """Whether only the tokens of a nucleus are possible."""
-        return self.sampling.top_p < 1
 
     @property
     def _sliced(self) -> bool:
         """Whether the logits are read in slices of the vocabulary: nothing needs them all."""
-        return self.readout is None and not self._narrow
+        return self.readout is None and not self.sampling.truncates
 
     def _temperature(self) -> tuple[Tensor, ...]:
         temperature = self.sampling.temperature
@@ -246,9 +218,9 @@ class _Scorer:
         """
         size = 1 + len(self.model.head_names) + len(self._temperature())
         logits = [self._logits(*inputs[i : i + size]) for i in range(0, len(inputs), size)]
-        if self._narrow:
-            outside = ~nucleus(logits.pop(), self.sampling.top_p)
-            logits = [z.masked_fill(outside, -torch.inf) for z in logits]
+        if self.sampling.truncates:
+            impossible = ~self.sampling.possible(logits.pop())
+            logits = [z.masked_fill(impossible, -torch.inf) for z in logits]
         logp, entropy = logp_and_entropy(logits[:1], target)
         if self.readout is None:
             return logp, entropy

@@ -152,7 +152,7 @@ def ground_truth(
 
     Args:
         policy: a `Checkpoint`, or any `Policy`; `funcprobe.ground_truth` also takes a
-            checkpoint's path. Its sampling settings are used; top-p must be 1.
+            checkpoint's path. Its temperature is used; top-p, top-k and min-p must be off.
         v: a direction with the names and shapes of the policy's params.
         eta: learning rate.
         batch: gives the prompts and their groups, usually E. A prompt counts once for each of its
@@ -168,14 +168,14 @@ def ground_truth(
         The base, the change, and their influence values by prompt.
 
     Raises:
-        ValueError: top-p is below 1 (the sampler's nucleus moves with the policy, an estimate's is
-            held fixed), names or shapes do not fit, or `rollout` refuses.
+        ValueError: top-p, top-k or min-p is on (the sampler's possible tokens move with the policy,
+            an estimate's are held fixed), names or shapes do not fit, or `rollout` refuses.
     """
-    if policy.sampling.top_p < 1:
+    if policy.sampling.truncates:
         raise ValueError(
-            f"ground_truth: top_p = 1 was expected, not {policy.sampling.top_p}. The sampler's "
-            "nucleus would move with the policy, while an estimate's is held fixed, so they would "
-            "be different policies. Sample with top_p = 1."
+            f"ground_truth: sampling without top-p, top-k and min-p was expected, not "
+            f"{policy.sampling}. The sampler's possible tokens would move with the policy, but "
+            "an estimate's are held fixed, so they would be different policies. Switch them off."
         )
     score = score or scorer(policy.model, policy.base, sampling=policy.sampling)
     prompts, group = _prompts(batch), batch.group.cpu().repeat_interleave(samples)

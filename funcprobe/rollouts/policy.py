@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..calculus.tree import Params
 from ..language.model.split import Model
-from ..language.score import Sampling
+from ..language.sampling import Sampling
 
 
 class Policy(Protocol):
@@ -33,7 +33,7 @@ class Policy(Protocol):
 
     @property
     def sampling(self) -> Sampling:
-        """Temperature and top-p."""
+        """Temperature, top-p, top-k and min-p."""
         ...
 
     @property

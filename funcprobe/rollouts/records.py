@@ -2,20 +2,38 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ..language.batch import Batch, collate
-from ..language.score import Sampling
+from ..language.sampling import Sampling
 from ..runtime.files import write_atomically
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or chat messages
 Tokenizer = PreTrainedTokenizerBase | None
 Record = dict[str, Any]  # what a line holds
+Read = TypeVar("Read")
+
+# Settings of other samplers, at the values at which they change no probability.
+_NEUTRAL = {
+    "do_sample": True,
+    "num_beams": 1,
+    "repetition_penalty": 1,
+    "encoder_repetition_penalty": 1,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "guidance_scale": 1,
+    "min_new_tokens": 0,
+    "min_tokens": 0,
+}
 
 
 def write_batch(
@@ -75,25 +93,26 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
 def read_sampling(path: str | Path) -> Sampling | None:
     """The sampling settings that the lines carry; None if they carry none.
 
+    A setting that is null, or missing while others stand in the line, is off, and so is vLLM's
+    top_k of -1. Settings that the scored policy does not have may stand there if they do nothing,
+    such as a repetition_penalty of 1.
+
     Raises:
-        ValueError: lines that are malformed or have different settings, or settings other than
-            temperature and top_p.
+        ValueError: lines that are malformed or have different settings, impossible values, or a
+            setting that the scored policy does not have.
     """
-    records = _records("read_sampling", path)
-    variants = {json.dumps(record.get("sampling"), sort_keys=True) for record in records}
-    if len(variants) > 1:
-        raise ValueError(
-            f"read_sampling: {path}: one sampling setting was expected, but the lines hold "
-            f"{sorted(variants)}. Likely files were joined. Read them one by one."
-        )
-    settings = json.loads(variants.pop())
-    try:
-        return None if settings is None else Sampling(**settings)
-    except TypeError as error:
-        raise ValueError(
-            f"read_sampling: {path}: sampling may hold temperature and top_p, but it holds "
-            f"{settings}. Other settings are not part of the scored policy. Sample without them."
-        ) from error
+    return _one("read_sampling", path, _sampling)
+
+
+def read_temperature(path: str | Path) -> float | None:
+    """The sampling temperature that the lines carry; None if they carry none.
+
+    A loss is scored under the temperature alone, so that other settings are not looked at.
+
+    Raises:
+        ValueError: lines that are malformed or have different temperatures, or an impossible one.
+    """
+    return _one("read_temperature", path, _temperature)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
@@ -113,6 +132,57 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     messages: Any = prompt
     ids: Any = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return list(ids["input_ids"])
+
+
+def _one(reader: str, path: str | Path, read: Callable[[Any], Read]) -> Read:
+    """What `read` makes of the lines' sampling settings, which must be the same of each."""
+    texts = {json.dumps(r.get("sampling"), sort_keys=True) for r in _records(reader, path)}
+    try:
+        values = {read(json.loads(text)) for text in texts}
+    except ValueError as error:
+        raise ValueError(f"{reader}: {path}: {error}") from error
+    if len(values) > 1:
+        raise ValueError(
+            f"{reader}: {path}: one sampling setting was expected, but the lines hold "
+            f"{sorted(texts)[:5]}. Likely files were joined. Read them one by one."
+        )
+    return values.pop()
+
+
+def _sampling(settings: Any) -> Sampling | None:
+    """The settings of one line, whose values are None where they are unknown."""
+    if settings is None:
+        return None
+    _check_object(settings)
+    names = [field.name for field in fields(Sampling)]
+    foreign = {
+        name: value
+        for name, value in settings.items()
+        if name not in names and value not in (None, _NEUTRAL.get(name))
+    }
+    if foreign:
+        raise ValueError(
+            f"sampling may hold {', '.join(names)}, but it also holds {foreign}, which the scored "
+            "policy does not have. Sample without, or remove what does not change probabilities."
+        )
+    given = {name: settings[name] for name in names if settings.get(name) is not None}
+    if given.get("top_k") == -1:
+        del given["top_k"]
+    return Sampling(**given)
+
+
+def _temperature(settings: Any) -> float | None:
+    """The temperature of one line; None if it is unknown."""
+    if settings is None:
+        return None
+    _check_object(settings)
+    temperature = settings.get("temperature")
+    return None if temperature is None else Sampling(temperature).temperature
+
+
+def _check_object(settings: Any) -> None:
+    if not isinstance(settings, dict):
+        raise ValueError(f"sampling must be an object, not {settings!r}.")
 
 
 def _record(batch: Batch, i: int, known: set[str], tokenizer: Tokenizer) -> Record:

@@ -10,7 +10,9 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
@@ -19,7 +21,8 @@ from ..calculus.precision import exact
 from ..calculus.tree import Params
 from ..language.batch import Batch, collate
 from ..language.model.split import assemble
-from ..language.score import Sampling, scorer
+from ..language.sampling import Sampling
+from ..language.score import scorer
 from .policy import Policy
 from .records import Prompt, encode_prompt
 
@@ -42,7 +45,7 @@ def rollout(
 ) -> Batch:
     """Samples responses with `generate` and scores them again by teacher forcing.
 
-    The temperature and top-p are those of the scored policy, and top-k is off whatever the model's
+    Temperature, top-k, top-p and min-p are those of the scored policy, whatever the model's
     generation config says, so that importance weights have mean 1. With
     ``params=shift(policy.params, v, eta)`` the shifted policy is sampled, which is the independent
     ground truth of a sweep.
@@ -193,9 +196,13 @@ def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
     # see their effect. So the warpers are given too, before the recorder.
     warpers: list[LogitsProcessor] = []
     if sampling.temperature != 1:
-        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p > 0:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
     return warpers
 
 
@@ -267,7 +274,7 @@ def _collate(ids: list[list[int]], draws: _Draws) -> Batch:
 def _rescored(sampler: _Sampler, batch: Batch, tolerance: float) -> Batch:
     """The batch with the scorer's log-probabilities, which must agree with the sampler's."""
     policy, params, sampling = sampler.policy, sampler.params, sampler.sampling
-    support = params if sampling.top_p < 1 else None
+    support = params if sampling.truncates else None
     score = scorer(policy.model, policy.base, sampling=sampling, support=support)
     batch = batch.to(next(iter(params.values())).device)
     logp = evaluate(score, params, batch).logp.double()

@@ -147,9 +147,9 @@ def _response(function: str, batch: Rows, logp: Tensor) -> Tensor:
     if impossible:
         raise ValueError(
             f"{function}: the scored policy cannot produce tokens of {len(impossible)} rows, "
-            f"{impossible[:5]}: they lie outside its nucleus. The responses were sampled with "
-            "another top_p, temperature or model than they are scored with. Score them with the "
-            "settings they were sampled with."
+            f"{impossible[:5]}: top-p, top-k or min-p excludes them. The responses were sampled "
+            "with other settings, or from another model, than they are scored with. Score them "
+            "with the settings they were sampled with."
         )
     return response
 

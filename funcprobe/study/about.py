@@ -13,7 +13,7 @@ import transformers
 
 from .. import __version__
 from ..language.recipes import Recipe
-from ..language.score import Sampling
+from ..language.sampling import Sampling
 from ..runtime.memory import Room
 from ..statistics.tables import html_table
 

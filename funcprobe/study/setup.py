@@ -7,7 +7,8 @@ from typing import NamedTuple
 from ..calculus.blocks import REVERSE, RowFn
 from ..language.batch import Batch, trim
 from ..language.recipes import Recipe
-from ..language.score import Sampling, scorer
+from ..language.sampling import Sampling
+from ..language.score import scorer
 from ..rollouts.records import read_batch, read_sampling
 from ..runtime.distributed import Group, agree, rank, share
 from ..runtime.memory import Room, room
@@ -96,7 +97,7 @@ def prepared(inputs: Inputs, settings: Settings) -> Setup:
     _check_tokens("U", update, checkpoint)
     _check_tokens("E", evaluation, checkpoint)
     sampling = checkpoint.sampling
-    support = params if sampling.top_p < 1 else None
+    support = params if sampling.truncates else None
     before = checksum(base | params)
     key = fingerprint(before, list(params), checkpoint.model, asdict(sampling))
     agree("weights and batches", fingerprint(key, update, evaluation), settings.group)

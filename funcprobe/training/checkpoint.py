@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..calculus.step import AdamState
 from ..calculus.tree import Params
 from ..language.model.split import Model, split
-from ..language.score import Sampling
+from ..language.sampling import Sampling
 from .adapter import Source, load_adapter
 from .folder import read_json
 from .optimizer_state import (

@@ -74,18 +74,6 @@ def head_scores(
     return statistics.logp, statistics.entropy
 
 
-def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """The smallest set of tokens with probability at least `top_p`, [..., V] bool.
-
-    This is the rule of Hugging Face's sampler: tokens are dropped, the least likely first, while
-    their cumulative probability is at most ``1 - top_p``. The likeliest token always stays.
-    """
-    ascending, index = logits.sort(-1)
-    keep = ascending.softmax(-1).cumsum(-1) > 1 - top_p
-    keep[..., -1] = True
-    return torch.zeros_like(keep).scatter(-1, index, keep)
-
-
 class _Statistics(NamedTuple):
     """What is known of each token's softmax when all of its logits have been read."""
 
