@@ -22,7 +22,7 @@ def test_old_names_read_what_is_nested():
     assert (got.weights, got.per, got.off_policy) == ("sequence", "sequence", True)
     assert got.estimator.behaviour is old and got.quantity == "entropy"
     names = (
-        "etas base value psi base_psi ess khat mean_weight weight_range mean_weight_z spread "
+        "etas base value psi base_psi ess khat skew mean_weight weight_range mean_weight_z spread "
         "largest_share kl clipped adjusted"
     )
     assert list(got.tensors()) == names.split()

@@ -13,7 +13,19 @@ from funcprobe.statistics.results import Diagnostics
 from funcprobe.statistics.uncertainty import by_group, standard_error
 
 
-def law(etas, curve, *, noise=1e-3, shared=0.2, prompts=40, khat=0.3, rows=400, seed=0):
+def law(
+    etas,
+    curve,
+    *,
+    noise=1e-3,
+    shared=0.2,
+    prompts=40,
+    khat=0.3,
+    ess=0.8,
+    skew=0.1,
+    rows=400,
+    seed=0,
+):
     """A change ``eta (1 + curve(eta))`` and its line, with noise that both share and some alone."""
     generator = torch.Generator().manual_seed(seed)
     etas = torch.tensor(etas, dtype=torch.float64)
@@ -23,14 +35,15 @@ def law(etas, curve, *, noise=1e-3, shared=0.2, prompts=40, khat=0.3, rows=400, 
     value = etas * (1 + torch.tensor([curve(float(e)) for e in etas], dtype=torch.float64))
     psi = etas[:, None] * (shared * common + noise * etas.abs()[:, None] * alone * prompts**0.5)
     diagnostics = Diagnostics(
-        ess=torch.full((k,), float(rows)), khat=torch.as_tensor(khat).expand(k).double(),
+        ess=torch.full((k,), ess * rows), khat=torch.as_tensor(khat).expand(k).double(),
+        skew=torch.as_tensor(skew).expand(k).double(),
         mean_weight=torch.ones(k), weight_range=torch.ones(k, 2), mean_weight_z=torch.zeros(k),
         spread=torch.full((k,), 0.1), largest_share=torch.ones(k) / rows, kl=torch.zeros(k),
         clipped=torch.zeros(k), adjusted=torch.zeros(k),
     )  # fmt: skip
     base = torch.tensor(1.0).double()
     change = fp.Estimate(etas, base, value, psi, common, diagnostics, rows)
-    series = fp.Series(torch.ones(1).double(), shared * common[None])
+    series = fp.Series(torch.ones(1).double(), shared * common[None], torch.zeros(1).double())
     return change, series
 
 

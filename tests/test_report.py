@@ -231,6 +231,6 @@ def test_the_keys_of_the_json_are_identifiers(report):
 
 def test_about_names_versions_and_the_time(report):
     data = report.to_dict()
-    assert data["schema"] == 2 and data["about"]["date"].endswith("+00:00")
+    assert data["schema"] == 3 and data["about"]["date"].endswith("+00:00")
     assert data["about"]["versions"]["torch"] == torch.__version__
     assert data["about"]["versions"]["funcprobe"] == fp.__version__

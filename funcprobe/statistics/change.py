@@ -12,6 +12,7 @@ from torch.func import grad, jvp
 from .estimators import Estimator, Per, Rows, Weights, base_sums
 from .inputs import Inputs, Scored, Swept, read
 from .results import Diagnostics, Estimate, Series, polynomial
+from .tails import skewness
 from .uncertainty import by_group
 from .weights import (
     effective_sample_size,
@@ -67,7 +68,8 @@ def entropy_change(
 
     Prefix weights usually have the smaller error; `compare` shows both on your own batch.
     "prefix_raw" has ``r = omega - 1``, which is unbiased per sequence. The diagnostics, ESS and
-    k-hat among them, are always those of the sequence weights.
+    k-hat among them, are always those of the sequence weights; only the skewness is that of the
+    estimate's own influence values (`skewness`), and tends to the slope's as eta goes to 0.
 
     Any quantity can take the place of the entropy: scores with a field `value` instead of `entropy`
     give its change, on the same terms. Prefix weights need it to depend on the prefix alone. A
@@ -122,7 +124,7 @@ def entropy_change(
         value=changes.value,
         psi=changes.psi,
         base_psi=by_group(base.influence(), inputs.group).cpu(),
-        diagnostics=_diagnostics(sweep, inputs, clip, changes.adjusted),
+        diagnostics=_diagnostics(sweep, inputs, clip, changes),
         rows=len(inputs.group),
         estimator=estimator,
         quantity=inputs.quantity,
@@ -173,6 +175,7 @@ def entropy_series(
     return Series(
         value=torch.stack([value for value, _ in orders]).cpu(),
         psi=torch.stack([by_group(psi, inputs.group) for _, psi in orders]).cpu(),
+        skew=torch.stack([skewness(psi, inputs.group) for _, psi in orders]).cpu(),
         estimator=estimator,
         quantity=inputs.quantity,
     )
@@ -254,6 +257,7 @@ class _Changes(NamedTuple):
 
     value: Tensor  # [K]
     psi: Tensor  # [K, G]
+    skew: Tensor  # [K]
     adjusted: Tensor  # [K] how far clipping or smoothing moved the value
 
 
@@ -265,12 +269,15 @@ def _changes(sweep: Swept, inputs: Inputs, adjust: Callable[[Tensor], Tensor] | 
         arrays = sweep.change.logp[block], getattr(sweep.change, inputs.quantity)[block]
         plain = inputs.sums(*arrays)
         sums = inputs.sums(*arrays, adjust=adjust) if adjust else plain
-        value, psi = sums.value(), by_group(sums.influence(), inputs.group)
-        blocks.append(_Changes(value, psi, value - plain.value()))
+        value, psi = sums.value(), sums.influence()
+        by_prompt, skew = by_group(psi, inputs.group), skewness(psi, inputs.group)
+        blocks.append(_Changes(value, by_prompt, skew, value - plain.value()))
     return _Changes(*(torch.cat(column).cpu() for column in zip(*blocks, strict=True)))
 
 
-def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Tensor) -> Diagnostics:
+def _diagnostics(
+    sweep: Swept, inputs: Inputs, clip: float | None, changes: _Changes
+) -> Diagnostics:
     """What the sequence weights of all rows say, at each eta."""
     shift = log_weights(sweep.change.logp, inputs.ground.response)
     if inputs.estimator.weights == "none":
@@ -280,6 +287,7 @@ def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Ten
     return Diagnostics(
         ess=effective_sample_size(logw).cpu(),
         khat=pareto_khat(logw.cpu()),
+        skew=changes.skew,
         mean_weight=mean_weight(logw).cpu(),
         weight_range=torch.stack([logw.amin(-1), logw.amax(-1)], -1).exp().cpu(),
         mean_weight_z=mean_weight_z(logw, inputs.group).cpu(),
@@ -287,7 +295,7 @@ def _diagnostics(sweep: Swept, inputs: Inputs, clip: float | None, adjusted: Ten
         largest_share=largest_share(logw).cpu(),
         kl=kl(shift, inputs.logb).cpu(),
         clipped=(logw > top).double().mean(-1).cpu(),
-        adjusted=adjusted,
+        adjusted=changes.adjusted,
     )
 
 

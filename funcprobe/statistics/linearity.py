@@ -8,10 +8,14 @@ from torch import Tensor
 
 from .results import Estimate, Series, check_same_estimator
 from .tables import html_table, shortened
+from .tails import SKEW_LIMIT, heavy_weights, lopsided
 from .uncertainty import band, standard_error, t_quantile
 from .weights import khat_limit
 
 Verdict = Literal["holds", "fails", "inconclusive"]
+
+# A point whose error times this stays within the tolerance holds whatever tail the error has.
+_SAFE = 10
 
 
 class Ratio(NamedTuple):
@@ -98,6 +102,8 @@ class Linearity(NamedTuple):
         def at(eta: float) -> str:
             return f"{eta / unit:.4g}{name}"
 
+        if not self.etas.any():
+            return "Nothing can be said of the line: no eta but 0 was measured."
         used = sum(not reason for reason in self.excluded)
         text = f"The line is within {self.tolerance:.0%} "
         text += f"up to |eta| = {at(self.holds)}" if self.holds else "nowhere for sure"
@@ -166,10 +172,13 @@ def linearity(
     within the tolerance; it fails from the first whose whole band lies outside; between the two
     nothing is sure. Both signs of eta must hold, each from 0 outwards.
 
-    Points at eta = 0, below `floor`, or with k-hat above its limit are left out, and so are all
-    points if the slope is within its error of 0 or there is one prompt; `excluded` says why. The
-    band is of first order in the noise (delta method), and its level is approximate below about 30
-    prompts.
+    Points at eta = 0, below `floor`, or where the change is exactly 0 because eta underflowed are
+    left out, and so are all points if the slope is within its error of 0 or there is one prompt;
+    `excluded` says why. Points are also left out where a few responses carry the change
+    (`heavy_weights`) or its error or that of the slope (`skewness`), unless the ratio is within the
+    tolerance by ten of its standard errors: a tail that hardly moves it cannot turn the verdict.
+    The band is of first order in the noise (delta method), and its level is approximate below about
+    30 prompts.
 
     Args:
         change: from `entropy_change`.
@@ -191,7 +200,8 @@ def linearity(
             f"and {level}. Ten percent is tolerance=0.1."
         )
     law = ratio(change, series)
-    excluded = _excluded(change, series, level, floor)
+    safe = law.value.abs() + _SAFE * law.stderr <= tolerance
+    excluded = _excluded(change, series, level, floor, safe)
     used = torch.tensor([not reason for reason in excluded])
     half = torch.full_like(law.value, torch.nan)
     if used.any():
@@ -217,20 +227,42 @@ def linearity(
 
 
 def _excluded(
-    change: Estimate, series: Series, level: float, floor: float | None
+    change: Estimate, series: Series, level: float, floor: float | None, safe: Tensor
 ) -> tuple[str, ...]:
-    """Why each point is left out, [K]; "" where it is not."""
+    """Why each point is left out, [K]; "" where it is not.
+
+    Args:
+        change, series, level, floor: as for `linearity`.
+        safe: [K] bool, where no tail can turn the verdict.
+    """
     everywhere = _undecidable(series, level)
-    limit = khat_limit(change.rows)
+    vanished = (change.value == 0) & (change.psi == 0).all(-1)
     reasons = []
-    for eta, khat in zip(change.etas.tolist(), change.khat.tolist(), strict=True):
-        reason = everywhere
+    points = (change.etas.tolist(), vanished.tolist(), safe.tolist(), _tails(change, series))
+    for eta, gone, sure, tail in zip(*points, strict=True):
+        reason = everywhere or ("" if sure else tail)
         if eta == 0:
             reason = "eta = 0"
-        elif not reason and floor is not None and abs(eta) < floor:
+        elif not everywhere and gone:
+            reason = "the change is exactly 0, since eta underflows"
+        elif not everywhere and floor is not None and abs(eta) < floor:
             reason = f"below the noise floor {floor:.2g}"
-        elif not reason and khat > limit:
-            reason = f"k-hat above {limit:.2f}"
+        reasons.append(reason)
+    return tuple(reasons)
+
+
+def _tails(change: Estimate, series: Series) -> tuple[str, ...]:
+    """Which tail makes each point doubtful, [K]; "" where none does."""
+    weights = heavy_weights(change.khat, change.ess, change.rows).tolist()
+    errors = lopsided(change.skew).tolist()
+    slope = bool(lopsided(series.skew[0]))
+    reasons = []
+    for few_weights, few_errors in zip(weights, errors, strict=True):
+        reason = "the slope hangs on a few responses" if slope else ""
+        if few_weights:
+            reason = f"k-hat above {khat_limit(change.rows):.2f}"
+        elif few_errors and not slope:
+            reason = f"skew beyond {SKEW_LIMIT}"
         reasons.append(reason)
     return tuple(reasons)
 

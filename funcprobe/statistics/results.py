@@ -16,11 +16,13 @@ from .uncertainty import ONE_PROMPT, interval, standard_error
 class Diagnostics(NamedTuple):
     """What the importance weights of the rows say of an estimate, at each eta.
 
-    They are those of the sequence weights, whatever weights the estimator has.
+    They are those of the sequence weights, whatever weights the estimator has; only `skew` and
+    `adjusted` are of the estimate itself.
     """
 
     ess: Tensor  # [K] effective sample size, 1..N
     khat: Tensor  # [K] Pareto k-hat, nan where undefined (eta = 0)
+    skew: Tensor  # [K] skewness of the estimate's influence values, nan where undefined (eta = 0)
     mean_weight: Tensor  # [K] 1 in expectation if the rows came from the scored policy
     weight_range: Tensor  # [K, 2] least and largest weight
     mean_weight_z: Tensor  # [K] of the test mean weight = 1, clustered by prompt
@@ -93,6 +95,11 @@ class Estimate(NamedTuple):
     def khat(self) -> Tensor:
         """[K] Pareto k-hat, nan where undefined (eta = 0)."""
         return self.diagnostics.khat
+
+    @property
+    def skew(self) -> Tensor:
+        """[K] how far the influence values of `value` lean to one side; see `skewness`."""
+        return self.diagnostics.skew
 
     @property
     def mean_weight(self) -> Tensor:
@@ -192,7 +199,7 @@ class Estimate(NamedTuple):
 
     def _repr_html_(self) -> str:
         name = "dH" if self.quantity == "entropy" else "d value"
-        numbers = (self.etas, self.value, self.stderr, self.ess, self.khat)
+        numbers = (self.etas, self.value, self.stderr, self.ess, self.khat, self.skew)
         rows = [
             (
                 f"{eta:.3g}",
@@ -200,10 +207,13 @@ class Estimate(NamedTuple):
                 f"{error:.1e}",
                 f"{ess:.0f}/{self.rows}",
                 "-" if math.isnan(khat) else f"{khat:.2f}",
+                "-" if math.isnan(skew) else f"{skew:+.2f}",
             )
-            for eta, value, error, ess, khat in zip(*(x.tolist() for x in numbers), strict=True)
+            for eta, value, error, ess, khat, skew in zip(
+                *(x.tolist() for x in numbers), strict=True
+            )
         ]
-        columns = ("eta", f"{name} [{self.unit}]", "+-", "ESS", "k-hat")
+        columns = ("eta", f"{name} [{self.unit}]", "+-", "ESS", "k-hat", "skew")
         note = ONE_PROMPT if self.psi.shape[-1] < 2 else ""
         return html_table(columns, shortened(rows, ("...",) * len(columns)), note)
 
@@ -213,6 +223,7 @@ class Series(NamedTuple):
 
     value: Tensor  # [M] orders 1..M, nats per token or per sequence, per unit of eta^m
     psi: Tensor  # [M, G] their influence values by prompt
+    skew: Tensor  # [M] skewness of their influence values by row or prompt; see `skewness`
     estimator: Estimator = Estimator()
     quantity: Quantity = "entropy"
 
@@ -250,34 +261,36 @@ class Series(NamedTuple):
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, as a report stores them."""
-        return {"value": self.value, "psi": self.psi}
+        return {"value": self.value, "psi": self.psi, "skew": self.skew}
 
     @property
     def unit(self) -> str:
         """The unit of a change, as in `Estimate`; order m is in this unit per unit of eta^m."""
         return _unit(self.per, self.quantity)
 
-    def _rows(self) -> list[tuple[str, str, str, str]]:
-        """For each order its name, value, error and unit, as text."""
+    def _rows(self) -> list[tuple[str, str, str, str, str]]:
+        """For each order its name, value, error, unit and skewness, as text."""
         name = "H" if self.quantity == "entropy" else "value"
         rows = []
-        for m, value, error in zip(
-            range(1, len(self.value) + 1), self.value.tolist(), self.stderr.tolist(), strict=True
+        numbers = (self.value, self.stderr, self.skew)
+        for m, (value, error, skew) in enumerate(
+            zip(*(x.tolist() for x in numbers), strict=True), start=1
         ):
             unit = f"{self.unit} per unit of eta" + (f"^{m}" if m > 1 else "")
-            rows.append((f"d^{m}{name}/d eta^{m}", f"{value:+.4e}", f"{error:.1e}", unit))
+            leaning = "-" if math.isnan(skew) else f"{skew:+.2f}"
+            rows.append((f"d^{m}{name}/d eta^{m}", f"{value:+.4e}", f"{error:.1e}", unit, leaning))
         return rows
 
     def __str__(self) -> str:
         return "\n".join(
-            f"{name} = {value} +- {error} {unit}" for name, value, error, unit in self._rows()
+            f"{name} = {value} +- {error} {unit}" for name, value, error, unit, _ in self._rows()
         )
 
     def __repr__(self) -> str:
         return str(self)
 
     def _repr_html_(self) -> str:
-        return html_table(("derivative", "value", "+-", "unit"), self._rows())
+        return html_table(("derivative", "value", "+-", "unit", "skew"), self._rows())
 
 
 def _unit(per: Per, quantity: Quantity) -> str:

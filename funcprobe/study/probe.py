@@ -297,7 +297,7 @@ def _summarise(
         lr=float(plan.step.lr),
         rounding=rounded,
         about=_about(setup, plan, swept, after, clock.seconds),
-        flags=(*doubts(change), *probe_doubts(setup, swept, rounded)),
+        flags=(*doubts(change, series), *probe_doubts(setup, swept, rounded)),
         arrays={
             "base.logp": swept.base.logp,
             "base.entropy": swept.base.entropy,

@@ -28,11 +28,23 @@ from .plots import check_formats, plot, plot_ratio, rendered
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCHEMA = 2  # of report.json; files without a schema are of the first
+SCHEMA = 3  # of report.json; files without a schema are of the first
 WITHIN = 0.1  # the line "holds" while the change is within a tenth of it
 LOOSELY = 0.25  # and loosely while within a quarter
 
-_COLUMNS = ("eta/lr", "eta", "dH", "+-", "line", "dH/line-1", "+-", "ESS", "k-hat", "mean w")
+_COLUMNS = (
+    "eta/lr",
+    "eta",
+    "dH",
+    "+-",
+    "line",
+    "dH/line-1",
+    "+-",
+    "ESS",
+    "k-hat",
+    "skew",
+    "mean w",
+)
 _GAP = ("...",) * len(_COLUMNS)
 
 
@@ -86,6 +98,7 @@ class Report:
             "slope": float(series.value[0]),
             "slope_stderr": float(series.stderr[0]),
             "slope_interval": series.interval()[0].tolist(),
+            "slope_skew": float(series.skew[0]),
             "lr": self.lr,
             "linearity": [{name: getattr(law, name) for name in names} for law in laws],
             "rounding": self.rounding,
@@ -133,6 +146,7 @@ class Report:
             "excluded": law.excluded,
             "ess": change.ess.tolist(),
             "khat": change.khat.tolist(),
+            "skew": change.skew.tolist(),
             "mean_weight": change.mean_weight.tolist(),
             "mean_weight_z": change.mean_weight_z.tolist(),
             "kl": change.kl.tolist(),
@@ -227,7 +241,8 @@ class Report:
     def verdict(self) -> str:
         """Up to which eta the line holds, loosely and strictly, and what was left out."""
         loose = self.loose_linearity.describe(self.lr, " lr", excluded=False)
-        return f"{loose}\n{self.linearity.describe(self.lr, ' lr')}"
+        strict = self.linearity.describe(self.lr, " lr")
+        return "\n".join(dict.fromkeys((loose, strict)))
 
     def _head(self) -> str:
         slope, error, unit = self.series.value[0], self.series.stderr[0], self.change.unit
@@ -250,6 +265,7 @@ class Report:
                 _percent(row["over_line_stderr"]).removeprefix("+"),
                 f"{row['ess']:.0f}/{self.change.rows}",
                 f"{row['khat']:.2f}" if math.isfinite(row["khat"]) else "-",
+                f"{row['skew']:+.2f}" if math.isfinite(row["skew"]) else "-",
                 f"{row['mean_weight']:.4f}",
             )
             for row in (dict[str, Any](row) for row in self.rows())
