@@ -1,0 +1,117 @@
+"""The table of cells, a family with an adapter each, and what becomes of them.
+
+A cell is right unless its entry says otherwise. The tests hold each cell to its entry, and
+docs/families.md, which `python tests/families/cells.py` writes, to the table.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import zoo
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+class Cell(NamedTuple):
+    """A family with an adapter, and what is expected of it. A pattern is "" where none is."""
+
+    family: str
+    adapter: str = "LoRA"
+    refused: str = ""  # the pattern of the ValueError of `split`
+    raises: str = ""  # the pattern of another library's error, or of one that nobody planned
+    false_derivative: str = ""  # the pattern of `Model.false_derivative`
+    increments: str = ""  # the pattern of the ValueError of increments
+    lanes: str = ""  # the pattern of the error of the default sweep, where lanes=1 is right
+    fallbacks: tuple[str, ...] = ()  # the operations whose increments are subtractions
+
+    @property
+    def id(self) -> str:
+        return f"{self.family}-{self.adapter}".replace(" ", "_")
+
+
+_LINEAR_ONLY = dict(raises="is not supported|not supported, currently only")
+_WRITES = "writes a changing tensor"
+_NO_SETUP = dict(raises="setup_context")
+
+EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
+    # Increments are subtractions in the operations that have no rule.
+    ("lfm2", "LoRA"): dict(fallbacks=("conv1d",)),
+    ("bamba", "LoRA"): dict(fallbacks=("conv1d", "einsum", "softplus")),
+    ("zamba2", "LoRA"): dict(fallbacks=("concatenate", "conv1d", "einsum", "softplus")),
+    ("diffllama", "LoRA"): dict(fallbacks=("rms_norm",)),
+    # No increments.
+    ("gemma3n", "LoRA"): dict(increments=_WRITES),
+    ("qwen3_5", "LoRA"): dict(increments=_WRITES),
+    ("apertus", "LoRA"): dict(increments="gt of a changing tensor"),
+    # Refused, because the model sees more than a causal policy may.
+    ("gemma3_bidirectional", "LoRA"): dict(refused="later"),
+    ("xlm", "LoRA"): dict(refused="later"),
+    ("hrm", "LoRA"): dict(false_derivative="Hrm"),
+    # Architectures that are not supported.
+    ("opt", "LoRA"): dict(raises="decoder"),
+    ("llama4", "LoRA"): dict(raises="no decoder below"),
+    ("gpt_oss", "LoRA"): dict(raises="mat_a"),
+} | {
+    (family, adapter): expected
+    for family in zoo.NAMES
+    for adapter, expected in {
+        "tokens": dict(fallbacks=("index_copy",)),
+        "tokens alone": dict(fallbacks=("index_copy",)),
+        "tokens new": dict(fallbacks=("index_copy",)),
+        "HRA": dict(fallbacks=("norm",)),
+        "LoKr": dict(fallbacks=("kron",)),
+        "LoKr head": dict(fallbacks=("kron",)),
+        "BOFT": dict(fallbacks=("block_diag", "linalg_solve", "to")),
+        "BOFT head": dict(fallbacks=("block_diag", "linalg_solve", "to")),
+        "VBLoRA": dict(fallbacks=("__getitem__",)),
+        "VBLoRA head": dict(fallbacks=("__getitem__",)),
+        "DoRA": dict(false_derivative="DoRA", fallbacks=("linalg_norm",)),
+        "DoRA last": dict(false_derivative="DoRA", fallbacks=("linalg_norm",)),
+        "DoRA head": dict(false_derivative="DoRA", fallbacks=("linalg_norm",)),
+        "DeLoRA": dict(increments=_WRITES, lanes="broadcast shape"),
+        "OFT": dict(increments=_WRITES, lanes="vmap: index_put_"),
+        "C3A": _NO_SETUP,
+        "LoHa": _NO_SETUP,
+        "aLoRA": dict(refused="aLoRA"),
+        "aLoRA beside": dict(refused="aLoRA"),
+        "prompt": dict(refused="prompt learning"),
+    }.items()
+} | {
+    # PEFT does not put these on GPT-2's own linear layer.
+    ("gpt2", adapter): _LINEAR_ONLY
+    for adapter in (
+        "MiSS", "RoAd", "HRA", "LoKr", "BOFT", "DeLoRA", "OFT", "C3A", "LoHa",
+        "MiSS head", "RoAd head", "LoKr head", "BOFT head",
+    )
+}  # fmt: skip
+
+# What every run of the tests examines: one cell of each mechanism.
+CORE = {
+    ("llama_tied", "LoRA"),
+    ("llama_yarn", "LoRA"),
+    ("ministral3", "LoRA"),
+    ("qwen2_window", "LoRA"),
+    ("gemma2", "LoRA"),
+    ("gemma3", "LoRA"),
+    ("gpt2", "LoRA"),
+    ("falcon_alibi", "LoRA"),
+    ("cohere2", "LoRA"),
+    ("phi", "LoRA"),
+    ("lfm2", "LoRA"),
+    ("nemotron", "LoRA"),
+    ("llama", "embedding"),
+    ("llama", "IA3"),
+    ("llama", "VeRA"),
+    ("gpt2", "bias all"),
+    ("qwen2", "LN"),
+}
+
+
+def _pairs() -> list[tuple[str, str]]:
+    """All families with LoRA, and all adapters on the families whose layers `zoo.NAMES` names."""
+    families = [(family, "LoRA") for family in zoo.FAMILIES]
+    adapters = [(family, adapter) for family in zoo.NAMES for adapter in zoo.ADAPTERS]
+    return list(dict.fromkeys(families + adapters))
+
+
+CELLS = [Cell(*pair, **EXPECTED.get(pair, {})) for pair in _pairs()]
