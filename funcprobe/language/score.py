@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .head.rematerialise import Tensors, closed, rematerialise
+from .head.softmax import WIDTH as _WIDTH
 from .head.softmax import head_scores, logp_and_entropy
 from .model.split import Model, Params
 from .sampling import Sampling
@@ -16,7 +17,6 @@ from .summaries import summary
 from .tracing import concrete
 
 _CHUNK_BYTES = 2**24  # of logits at a time, per lane
-_WIDTH = 4096  # tokens of the vocabulary at a time: their logits stay in a CPU's cache
 
 Readout = Callable[..., Tensor]  # (logits [T, V], target [T][, reference [T, V]]) -> [T]
 
@@ -155,8 +155,11 @@ class _Scorer:
 
     @property
     def _sliced(self) -> bool:
-        """Whether the logits are read in slices of the vocabulary: nothing needs them all."""
-        return self.readout is None and not self.sampling.truncates
+        """Whether the logits are read in slices of the vocabulary.
+
+        So they are where nothing needs them all at once and the head may be cut.
+        """
+        return self.readout is None and not self.sampling.truncates and self.model.sliced
 
     def _temperature(self) -> tuple[Tensor, ...]:
         temperature = self.sampling.temperature

@@ -14,6 +14,8 @@ from .rematerialise import Cotangents, Needed, Tensors, pull_back, rematerialise
 # changes no value; and it stops the tangent of an infinite logit.
 LEAST = -1e4
 
+WIDTH = 4096  # tokens of the vocabulary in a slice: their logits stay in a CPU's cache
+
 
 def logp_and_entropy(slices: Iterable[Tensor], target: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of `target` and entropy of a softmax whose logits arrive in slices.
@@ -67,11 +69,27 @@ def head_scores(
     Returns:
         ``(logp, entropy)``, [T] nats.
     """
-    sliced = tuple(tensor.shape[:1] == (vocabulary,) for tensor in tensors)
-    head = _Head(read, vocabulary, width, sliced)
+    head = _Head(read, vocabulary, width, _leads(tensors, vocabulary))
     outputs = rematerialise(head.forward, target, hidden, *tensors, pull=head.pull)
     statistics = _Statistics(*outputs)
     return statistics.logp, statistics.entropy
+
+
+def head_slices(tensors: Tensors, *, vocabulary: int, width: int) -> Iterator[tuple[int, Tensors]]:
+    """The first token of each slice of the vocabulary, and a head's tensors there.
+
+    A tensor that leads with V is cut, any other is given whole.
+
+    Args:
+        tensors: the tensors that the head reads.
+        vocabulary: V.
+        width: tokens of the vocabulary in a slice.
+    """
+    leads = _leads(tensors, vocabulary)
+    for start in range(0, vocabulary, width):
+        here = slice(start, start + width)
+        pairs = zip(tensors, leads, strict=True)
+        yield start, tuple(tensor[here] if cut else tensor for tensor, cut in pairs)
 
 
 class _Statistics(NamedTuple):
@@ -114,10 +132,7 @@ class _Head:
 
     def slices(self, tensors: Tensors) -> Iterator[tuple[int, Tensors]]:
         """The first token of each slice of the vocabulary, and the head's tensors there."""
-        for start in range(0, self.vocabulary, self.width):
-            here = slice(start, start + self.width)
-            pairs = zip(tensors, self.sliced, strict=True)
-            yield start, tuple(tensor[here] if sliced else tensor for tensor, sliced in pairs)
+        return head_slices(tensors, vocabulary=self.vocabulary, width=self.width)
 
     def forward(self, target: Tensor, hidden: Tensor, *tensors: Tensor) -> _Statistics:
         """The statistics of the head's logits."""
@@ -151,6 +166,11 @@ class _Head:
         return None, *(
             grads[i].to(x.dtype) if i in grads else None for i, x in enumerate(read_inputs)
         )
+
+
+def _leads(tensors: Tensors, vocabulary: int) -> tuple[bool, ...]:
+    """Which tensors lead with V."""
+    return tuple(tensor.shape[:1] == (vocabulary,) for tensor in tensors)
 
 
 def _statistics(slices: Iterable[Tensor], target: Tensor) -> _Statistics:

@@ -6,18 +6,24 @@ nothing. To add one, write such a function and call it in `split`.
 """
 
 import math
-import sys
+from contextlib import suppress
+from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, jvp
 
 from ..batch import Batch, collate
-from ..packing import by_row, pack
+from ..head.softmax import WIDTH, head_slices
+from ..packing import Layout, by_row, pack
+from . import attention
 from .forward import Forward, Params
+from .skeleton import causal_model
 
 _STEPS = (1e-2, 1e-3)  # of central differences, as part of the largest parameter
 _COARSE_STEPS = (3e-2, 1e-2, 3e-3)  # the same where a base in lower precision rounds them
+_SHORT, _LONG = 6, 64  # tokens in the rows that a module must read alike
+_FAR = 2**24  # a position beyond every rotary table
 
 
 @torch.no_grad()
@@ -37,7 +43,7 @@ def check_head(forward: Forward, params: Params, base: Params) -> None:
     if not error <= 1e-3 * scale:
         raise ValueError(
             f"split: head(hidden) was expected to be the module's own logits, it differs by "
-            f"{error:.1e} of {scale:.1e}. {type(forward.skeleton).__name__} computes something "
+            f"{error:.1e} of {scale:.1e}. {_name(forward)} computes something "
             "between its decoder and head that this library does not see. Please report the "
             "architecture."
         )
@@ -48,27 +54,113 @@ def attends_alike(ours: Forward, eager: Forward, params: Params, base: Params) -
     """Whether our attention gives the logits of the module's own up to rounding."""
     batch = _one_row(params)
     a, b = (_logits(forward, params, base, batch) for forward in (ours, eager))
-    atol = 1e2 * _rounding(base) * float(b.abs().max())
+    atol = 1e2 * _rounding(params | base) * float(b.abs().max())
     return torch.allclose(a, b, rtol=0.0, atol=atol)
 
 
 @torch.no_grad()
-def longest_shared(forward: Forward, params: Params, base: Params) -> int:
+def check_state(forward: Forward, params: Params, base: Params) -> None:
+    """A module that has run gives what a new copy gives: equal inputs give equal bits.
+
+    The copy runs a short row, a long one, one at positions beyond every rotary table, and the short
+    and the long row again.
+
+    Raises:
+        ValueError: a result depends on what has run before.
+    """
+    device = next(iter(params.values())).device
+    short, long = (_row(length, device) for length in (_SHORT, _long(forward)))
+    used, new = replace(forward), replace(forward)
+    before = used.states(params, base, short)
+    used.states(params, base, long)
+    with suppress(Exception):  # a table of learned positions may raise anything
+        used.states(params, base, _far(short))
+    pairs = (
+        (used.states(params, base, short), before),
+        (used.states(params, base, long), new.states(params, base, long)),
+    )
+    if not all(torch.equal(a, b) for a, b in pairs):
+        raise ValueError(
+            f"split: a forward pass that depends on its inputs alone was expected, that of "
+            f"{_name(forward)} gives another result after other rows: its forward keeps state "
+            "between calls, as a table that grows with the longest row does. Load the module with "
+            "a fixed table (a rope type other than dynamic), or take the cache out of its forward."
+        )
+
+
+@torch.no_grad()
+def check_causal(forward: Forward, params: Params, base: Params) -> None:
+    """Neither later tokens, nor padding, nor other rows change the hidden states of a row.
+
+    Raises:
+        ValueError: they do.
+    """
+    device = next(iter(params.values())).device
+    alone = _row(_SHORT, device)
+    tokens = _row(_long(forward), device).tokens.repeat(2, 1)
+    tokens[1, _SHORT:] = _other(tokens[1, _SHORT:])
+    want = forward.states(params, base, alone)
+    pair = forward.states(params, base, _plain(tokens)).unflatten(0, (2, -1))[:, :_SHORT]
+    error = float((pair - want).norm() / (math.sqrt(2) * want.norm()))
+    if not error < _rounding(params | base) ** 0.5:
+        raise ValueError(
+            f"split: a causal language model was expected, in {_name(forward)} later tokens "
+            f"change the hidden states before them (by {error:.1e} of their size). Likely cause: "
+            "attention in both directions (use_bidirectional_attention, is_causal or is_decoder "
+            "in its config). Load it as a causal decoder."
+        )
+
+
+@torch.no_grad()
+def slices_alike(forward: Forward, params: Params, base: Params) -> bool:
+    """Whether the head read in slices of the vocabulary gives the slices of the whole logits.
+
+    It does not where an adapter of the head knows the vocabulary's size or its tokens' indices, as
+    trained tokens, LoKr, BOFT and others do.
+    """
+    names = forward.head_names
+    tensors = tuple(params[name] if name in params else base[name] for name in names)
+    hidden = _hidden(forward, params, base, _one_row(params))
+    whole = forward.head(params, base, hidden)
+    vocabulary = whole.shape[-1]
+    width = min(WIDTH, -(-vocabulary // 3))
+    atol = 8 * max(torch.finfo(t.dtype).eps for t in (*tensors, whole) if t.is_floating_point())
+    atol *= float(whole.abs().max())
+    try:
+        for start, here in head_slices(tensors, vocabulary=vocabulary, width=width):
+            part = forward.head({}, dict(zip(names, here, strict=True)), hidden)
+            if not torch.allclose(part, whole[..., start : start + width], rtol=0.0, atol=atol):
+                return False
+    except Exception:  # an index beyond the slice, or a shape that does not fit, raises anything
+        return False
+    return True
+
+
+@torch.no_grad()
+def longest_shared(forward: Forward, apart: Forward, params: Params, base: Params) -> int:
     """The longest rows whose prompts can be shared: up to the shortest attention window.
 
-    It is 0 where the positions and the mask of shared prompts do not give what the rows give by
-    themselves.
+    A prompt is shared by a mask, so it is 0 where a layer mixes tokens by other means than the
+    attention that takes our mask, and where the positions and the mask of shared prompts do not
+    give what the rows give by themselves.
+
+    Args:
+        forward: with the attention that is used.
+        apart: with an attention that mixes no tokens, see `attention.apart`.
+        params, base: as of both.
     """
     device = next(iter(params.values())).device
     batch = collate([[1, 2, 3]] * 2, [[2, 1], [3, 3, 1]]).to(device)
-    apart = forward.states(params, base, pack(batch, least=math.inf))
+    tokens = _row(_long(forward), device).tokens.repeat(2, 1)
+    tokens[1, :_SHORT] = _other(tokens[1, :_SHORT])
     try:
-        together = forward.states(params, base, pack(batch, least=1))
+        with attention.noted() as masks:
+            mixed = apart.states(params, base, _plain(tokens)).unflatten(0, (2, -1))[:, _SHORT:]
+        packed = [forward.states(params, base, pack(batch, least=n)) for n in (1, math.inf)]
     except Exception:  # an architecture without position_ids or such a mask may raise anything
         return 0
-    if not (together - apart).norm() < _rounding(base) ** 0.5 * apart.norm():
-        return 0
-    return min(_windows(forward.skeleton), default=sys.maxsize)
+    alike = (_alike(a, b, params | base) for a, b in (mixed, packed))
+    return masks.longest_causal() if all(alike) else 0
 
 
 @torch.no_grad()
@@ -123,9 +215,49 @@ def _derivative_error(
     return min(error(step) for step in steps)
 
 
+def generic(params: Params) -> Params:
+    """The parameters with a little noise, at which no part of an adapter is 0 or as it began."""
+    generic = {}
+    for name, p in params.items():
+        generator = torch.Generator(p.device).manual_seed(0)
+        size = 0.1 * float(p.pow(2).mean().sqrt()) or 0.02
+        generic[name] = p + size * torch.empty_like(p).normal_(generator=generator)
+    return generic
+
+
 def _one_row(params: Params) -> Batch:
     """A row of three prompt and three response tokens, where the parameters are."""
     return collate([[1, 2, 3]], [[2, 1, 3]]).to(next(iter(params.values())).device)
+
+
+def _row(length: int, device: torch.device) -> Layout:
+    """A row of a few different tokens, in an order without a period that a layer could have."""
+    place = torch.arange(length, device=device)
+    return _plain((1 + (place * place // 3 + place // 7) % 3).unsqueeze(0))
+
+
+def _long(forward: Forward) -> int:
+    """How long the long rows are: no longer than a table of learned positions."""
+    longest = getattr(causal_model(forward.skeleton).config, "max_position_embeddings", None)
+    return min(_LONG, longest) if isinstance(longest, int) and longest > _SHORT else _LONG
+
+
+def _other(tokens: Tensor) -> Tensor:
+    """Tokens that all differ from those of `_row` in the same places."""
+    return 1 + tokens % 3
+
+
+def _plain(tokens: Tensor) -> Layout:
+    """The layout of rows without padding, [N, L], in which each token is read."""
+    read = torch.arange(tokens.numel(), device=tokens.device)
+    return Layout(tokens, None, None, read, tokens.flatten(), read.view_as(tokens))
+
+
+def _far(layout: Layout) -> Layout:
+    """The same rows at positions beyond every rotary table."""
+    place = torch.arange(layout.tokens.shape[1], device=layout.tokens.device) + _FAR
+    shape = layout.tokens.shape
+    return layout._replace(place=place.expand(shape), segment=torch.zeros_like(layout.tokens))
 
 
 def _hidden(forward: Forward, params: Params, base: Params, batch: Batch) -> Tensor:
@@ -136,17 +268,15 @@ def _logits(forward: Forward, params: Params, base: Params, batch: Batch) -> Ten
     return forward.head(params, base, _hidden(forward, params, base, batch))
 
 
-def _rounding(base: Params) -> float:
-    """The coarsest precision among the base's tensors."""
-    return max(torch.finfo(t.dtype).eps for t in base.values() if t.is_floating_point())
+def _alike(a: Tensor, b: Tensor, tensors: Params) -> bool:
+    """Whether hidden states agree to far more than a token's influence."""
+    return bool((a - b).norm() < _rounding(tensors) ** 0.5 * b.norm())
 
 
-def _windows(skeleton: nn.Module) -> list[int]:
-    """The lengths of all attention windows in the module's configurations."""
-    configs = [getattr(part, "config", None) for part in skeleton.modules()]
-    lengths = [
-        getattr(config, name, None)
-        for config in configs
-        for name in ("sliding_window", "attention_chunk_size")
-    ]
-    return [length for length in lengths if isinstance(length, int) and length > 0]
+def _name(forward: Forward) -> str:
+    return type(causal_model(forward.skeleton)).__name__
+
+
+def _rounding(tensors: Params) -> float:
+    """The coarsest precision among the tensors."""
+    return max(torch.finfo(t.dtype).eps for t in tensors.values() if t.is_floating_point())

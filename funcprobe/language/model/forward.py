@@ -58,7 +58,7 @@ class Forward:
         whole |= {f"whole.{alias}": tensors[name] for alias, name in self.aliases.items()}
         inputs: dict[str, Any] = {"input_ids": layout.tokens, "use_cache": False}
         if layout.segment is not None:
-            dtype = next(t.dtype for t in base.values() if t.is_floating_point())
+            dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
             inputs["attention_mask"] = visible(layout.segment, dtype)
             inputs["position_ids"] = layout.place
         with self.borrowed() as halves, self.precision():
@@ -78,6 +78,11 @@ class Forward:
         with self.borrowed() as halves, self.precision():
             inputs = {"inputs_embeds": hidden, "use_cache": False}
             return _call(halves.head, tensors, inputs).logits
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names in params and base of the tensors that `head` uses."""
+        return tuple(dict.fromkeys(self.head_tensors.values()))
 
     def precision(self) -> AbstractContextManager[Any]:
         """The scope that both halves compute in: float64 throughout, or nothing."""

@@ -11,6 +11,8 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from . import rotary
+
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -160,11 +162,18 @@ def _refuse_whole(module: nn.Module) -> None:
             "nothing to move. Load the adapter with PeftModel.from_pretrained(..., "
             "is_trainable=True), or set requires_grad."
         )
-    configs = module.peft_config.values() if isinstance(module, PeftModel) else ()
-    if any(config.is_prompt_learning for config in configs):
+    configs = module.peft_config if isinstance(module, PeftModel) else {}
+    if any(config.is_prompt_learning for config in configs.values()):
         raise ValueError(
             "split: a weight adapter such as LoRA was expected, the adapter is one of prompt "
             "learning, which changes the tokens and not the weights. It is not supported."
+        )
+    invoked = [name for name, c in configs.items() if getattr(c, "alora_invocation_tokens", None)]
+    if active := [name for name in invoked if name in module.active_adapters]:
+        raise ValueError(
+            f"split: an adapter that acts on every token was expected, {active[0]!r} is an aLoRA: "
+            "PEFT finds its alora_invocation_tokens in each row outside the layers, which this "
+            "library does not run. Train plain LoRA, without alora_invocation_tokens."
         )
 
 
@@ -179,6 +188,8 @@ def _make_pure(part: Any) -> None:
         part.warn_if_padding_and_no_attention_mask = _say_nothing
     if _scales_exactly(part):
         part.forward = partial(_low_rank, part)
+    if rotary.varies(part):
+        part.forward = partial(rotary.short_rows, part)
 
 
 def _scales_exactly(layer: nn.Module) -> bool:

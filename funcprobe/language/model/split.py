@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..batch import SHARED, Batch
 from ..packing import Layout, by_row, pack
 from ..tracing import concrete
-from . import attention, checks
+from . import attention, checks, rotary
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
 from .skeleton import (
@@ -39,7 +39,9 @@ class Model:
     forward: Forward
     implementation: str | None  # of attention, that the caller's module ran with
     vocabulary: int  # V
+    sliced: bool  # whether the head may be read in slices of the vocabulary
     shares: int  # the longest rows whose prompt it reads once for several responses; 0: never
+    longest: int | None  # the longest rows that it is right for; None: of any length
     trainable: int  # how many of its tensors `split` gave as params
 
     @property
@@ -55,14 +57,20 @@ class Model:
     @property
     def head_names(self) -> tuple[str, ...]:
         """The names in params and base of the tensors that `head` uses."""
-        return tuple(dict.fromkeys(self.forward.head_tensors.values()))
+        return self.forward.head_names
 
     def hidden(self, params: Params, base: Params, batch: Batch) -> Tensor:
         """The final hidden states that predict the response tokens, [N, R, D], row by row."""
+        self._check_length(batch)
         return self.states(params, base, by_row(batch)).unflatten(0, batch.position.shape)
 
     def layout(self, batch: Batch) -> Layout:
-        """How this model reads a batch at least cost: by `pack` where the tokens can be seen."""
+        """How this model reads a batch at least cost: by `pack` where the tokens can be seen.
+
+        Raises:
+            ValueError: a row is longer than the model is right for.
+        """
+        self._check_length(batch)
         if not concrete(batch.tokens):
             return by_row(batch)
         # `vmap` folds lanes and tokens into one matrix, and MKL's dgemm rounds the rows past a
@@ -86,6 +94,18 @@ class Model:
     def precision(self) -> AbstractContextManager[Any]:
         """The scope its functions compute in: float64 throughout, or nothing."""
         return self.forward.precision()
+
+    def _check_length(self, batch: Batch) -> None:
+        seen = concrete(batch.tokens)
+        longest = int(batch.attention.sum(1).max()) if seen else batch.tokens.shape[1]
+        if self.longest is not None and longest > self.longest:
+            limit = rotary.limit(self.skeleton)
+            raise ValueError(
+                f"model: rows of at most {self.longest} tokens were expected, one has {longest}. "
+                f"Beyond them a rotary embedding of type {limit and limit.rope_type!r} uses other "
+                "frequencies, which depend on the longest row. Leave the longer rows out, or cut "
+                "them (max_length=)."
+            )
 
     def __repr__(self) -> str:
         module: Any = self.skeleton
@@ -139,16 +159,21 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
 
     skeleton, names = make_skeleton(module)
     float64 = _all_float64(tensors)
-    ours, eager = (forward_of(part, names, float64=float64) for part in _attending(skeleton))
-    checks.check_head(eager, params, base)
+    ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
+    checks.check_head(eager, checks.generic(params), base)
+    checks.check_state(eager, params, base)
+    checks.check_causal(eager, params, base)
     forward = ours if checks.attends_alike(ours, eager, params, base) else eager
     checks.check_derivative(forward, params, base)
     causal: Any = causal_model(skeleton)
+    limit = rotary.limit(skeleton)
     model = Model(
         forward=forward,
         implementation=getattr(module.config, "_attn_implementation", None),
         vocabulary=causal.get_output_embeddings().weight.shape[0],
-        shares=checks.longest_shared(forward, params, base),
+        sliced=checks.slices_alike(forward, checks.generic(params), base),
+        shares=checks.longest_shared(forward, apart, params, base),
+        longest=limit and limit.longest,
         trainable=len(params),
     )
     return model, params, base
@@ -191,10 +216,11 @@ def _all_float64(tensors: Params) -> bool:
     return all(t.dtype == torch.float64 for t in tensors.values() if t.is_floating_point())
 
 
-def _attending(skeleton: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The skeleton with our attention, and a copy of it with the one called "eager"."""
+def _attending(skeleton: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The skeleton with our attention, and copies with the one called "eager" and with `apart`."""
     attention.register()
-    eager = duplicate(skeleton)
+    eager, apart = duplicate(skeleton), duplicate(skeleton)
     set_attention(eager, "eager")
+    set_attention(apart, attention.APART)
     set_attention(skeleton, attention.NAME)
-    return skeleton, eager
+    return skeleton, eager, apart
