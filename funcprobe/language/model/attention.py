@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, eager_mask
+from transformers.masking_utils import eager_mask
 
 NAME = "funcprobe"
 APART = "funcprobe_apart"  # attention that mixes no tokens, with which `split` looks for mixing
@@ -153,12 +153,10 @@ def apart(
     return value.transpose(1, 2).contiguous(), None
 
 
-def _noted_mask(
-    *args: Any, mask_function: Callable[..., Tensor] = causal_mask_function, **options: Any
-) -> Tensor:
-    mask: Tensor = eager_mask(*args, mask_function=mask_function, **options)
+def _noted_mask(**options: Any) -> Tensor:
+    mask: Tensor = eager_mask(**options)
     if masks := _masks.get():
-        masks.made.append((mask, mask_function))
+        masks.made.append((mask, options["mask_function"]))
     return mask
 
 

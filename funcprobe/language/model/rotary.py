@@ -72,6 +72,6 @@ def _below_update(layer: Any) -> Callable[..., tuple[Tensor, Tensor]] | None:
     forward = layer.forward
     while (inner := getattr(forward, "__wrapped__", None)) is not None:
         if getattr(forward, "__globals__", {}).get("__name__") == _UPDATES:
-            return inner  # type: ignore[no-any-return]
+            return inner
         forward = inner
     return None

@@ -162,14 +162,15 @@ def _refuse_whole(module: nn.Module) -> None:
             "nothing to move. Load the adapter with PeftModel.from_pretrained(..., "
             "is_trainable=True), or set requires_grad."
         )
-    configs = module.peft_config if isinstance(module, PeftModel) else {}
+    peft: Any = module
+    configs = peft.peft_config if isinstance(module, PeftModel) else {}
     if any(config.is_prompt_learning for config in configs.values()):
         raise ValueError(
             "split: a weight adapter such as LoRA was expected, the adapter is one of prompt "
             "learning, which changes the tokens and not the weights. It is not supported."
         )
     invoked = [name for name, c in configs.items() if getattr(c, "alora_invocation_tokens", None)]
-    if active := [name for name in invoked if name in module.active_adapters]:
+    if active := [name for name in invoked if name in peft.active_adapters]:
         raise ValueError(
             f"split: an adapter that acts on every token was expected, {active[0]!r} is an aLoRA: "
             "PEFT finds its alora_invocation_tokens in each row outside the layers, which this "
