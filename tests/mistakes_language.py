@@ -119,6 +119,14 @@ def the_penalty_is_the_log_ratio(right, score, recipe):
     return wrong
 
 
+@mistake(
+    "study.setup._loss_sampling",
+    "test_setup.py::test_the_loss_is_scored_at_the_temperature_of_us_lines",
+)
+def the_loss_scores_u_as_e_was_drawn(right, sampling, update, given):
+    return sampling, ()
+
+
 @mistake("language.objectives.prepare", f"{LOSS}[dapo-0.0]")
 def tokens_are_averaged_over_the_padding_too(right, batch, recipe, **options):
     out = right(batch, recipe, **options)

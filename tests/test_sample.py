@@ -54,8 +54,6 @@ def test_the_sampler_is_the_scored_policy(checkpoint, sampling):
     [
         fp.Sampling(2.0),
         fp.Sampling(2.0, 0.8),
-        fp.Sampling(2.0, top_k=5),
-        fp.Sampling(2.0, min_p=0.05),
         fp.Sampling(2.0, 0.95, 7, 0.02),
     ],
 )

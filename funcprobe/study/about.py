@@ -67,6 +67,7 @@ class UpdateSummary(BatchSummary):
     """The batch of the update, and the step that it causes."""
 
     recipe: str | Recipe
+    sampling: Sampling  # the settings that the loss scored it under
     max_length: int  # the divisor of recipes with a constant one, in tokens
     gradient_norm: float  # before clipping
     clip: float  # the factor that clipping multiplied the gradient by
@@ -129,7 +130,11 @@ class About:
                     }
                 ),
                 "update": UpdateSummary(
-                    **update | {"recipe": Recipe(**recipe) if isinstance(recipe, dict) else recipe}
+                    **update
+                    | {
+                        "recipe": Recipe(**recipe) if isinstance(recipe, dict) else recipe,
+                        "sampling": Sampling(**update["sampling"]),
+                    }
                 ),
                 "evaluation": BatchSummary(**data["evaluation"]),
                 "weights": WeightsUnchanged(**data["weights"]),

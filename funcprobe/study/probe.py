@@ -22,6 +22,7 @@ from ..calculus.tree import Params, Terms, norm
 from ..language.batch import Batch, lengths
 from ..language.objectives import objective, prepare
 from ..language.recipes import Recipe
+from ..language.sampling import Sampling
 from ..runtime.distributed import Group
 from ..runtime.serialize import checksum
 from ..statistics.change import entropy_change, entropy_series
@@ -66,6 +67,7 @@ def probe(
     resume: str | Path | None = None,
     group: Group = None,
     progress: bool = False,
+    update_sampling: Sampling | None = None,
 ) -> Report | None:
     """What one AdamW step on `update` would do to the entropy of the responses in `evaluation`.
 
@@ -76,7 +78,8 @@ def probe(
     Args:
         checkpoint: from `load_checkpoint`, or the path of one.
         update: U, with rewards or advantages, in complete prompt groups; or the path of its JSON
-            lines. Without old_logp, U is taken to be sampled at the checkpoint.
+            lines. Without old_logp, U is taken to be sampled at the checkpoint. The temperature in
+            those lines is the loss's; see `update_sampling`.
         evaluation: E, the model's own responses at the checkpoint; or the path of its JSON lines.
             The sampling settings in those lines are used if the checkpoint has the default ones.
         etas: learning rates, or a function that returns them for the reference rate; by default 0,
@@ -102,6 +105,9 @@ def probe(
         group: of torch.distributed, ``dist.group.WORLD`` for instance. All its ranks make this call
             and share the blocks; see `sharded`.
         progress: whether to show progress bars on standard error.
+        update_sampling: the settings that the loss scores U under. TRL's losses divide the logits
+            by the temperature and leave top-k, top-p and min-p out; so does the default, at the
+            temperature that the lines of U carry, or else at E's.
 
     Returns:
         The report; None on ranks other than 0, which never hold other ranks' results on E.
@@ -126,7 +132,7 @@ def probe(
         group=group,
         progress=progress,
     )
-    inputs = read_inputs(checkpoint, update, evaluation, group)
+    inputs = read_inputs(checkpoint, update, evaluation, group, update_sampling)
     clock = _Clock()
     setup = prepared(inputs, settings)
     clock.lap("checksum")
@@ -171,7 +177,7 @@ def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
     """The step that U causes from the saved state, as a direction, and the learning rates."""
     recipe, params, stream = setup.settings.recipe, setup.checkpoint.params, setup.stream
     update = prepare(_with_old_logp(setup), recipe, max_length=setup.divisor)
-    loss = objective(setup.score, recipe)
+    loss = objective(setup.loss_score, recipe)
     blocks, _ = stream.cut(update, reverse=True)
     total = stream.total(
         "gradient of U",
@@ -197,7 +203,7 @@ def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
 
 def _with_old_logp(setup: Setup) -> Batch:
     """U with log-probabilities at the checkpoint where none are recorded."""
-    update, stream, score = setup.update, setup.stream, setup.score
+    update, stream, score = setup.update, setup.stream, setup.loss_score
     unknown = update.old_logp.isnan()
     if not (unknown & update.response).any():
         return update
@@ -320,7 +326,7 @@ def _about(setup: Setup, plan: _Plan, swept: Sweep, after: str, seconds: dict[st
         checkpoint=CheckpointSummary(
             step=checkpoint.step,
             optimizer_state=checkpoint.match,
-            notes=tuple(checkpoint.notes),
+            notes=(*checkpoint.notes, *setup.notes),
             dtype=str(next(iter(checkpoint.params.values())).dtype).removeprefix("torch."),
             trainable_parameters=sum(p.numel() for p in checkpoint.params.values()),
             sampling=checkpoint.sampling,
@@ -328,6 +334,7 @@ def _about(setup: Setup, plan: _Plan, swept: Sweep, after: str, seconds: dict[st
         update=UpdateSummary(
             **_sizes(plan.update),
             recipe=settings.recipe,
+            sampling=setup.loss_sampling,
             max_length=setup.divisor,
             gradient_norm=float(norm(plan.grads)),
             clip=float(plan.step.clip),

@@ -9,7 +9,7 @@ from ..language.batch import Batch, trim
 from ..language.recipes import Recipe
 from ..language.sampling import Sampling
 from ..language.score import scorer
-from ..rollouts.records import read_batch, read_sampling
+from ..rollouts.records import read_batch, read_sampling, read_temperature
 from ..runtime.distributed import Group, agree, rank, share
 from ..runtime.memory import Room, room
 from ..runtime.serialize import checksum, fingerprint
@@ -39,12 +39,17 @@ class Settings:
     progress: bool
 
 
+_ASSUMED = "temperature 1 without top-p, top-k and min-p is assumed for E: it states no settings"
+
+
 class Inputs(NamedTuple):
     """What the arguments of `probe` stand for, and the files that they came from."""
 
     checkpoint: Checkpoint
     update: Batch  # as wide as it came
     evaluation: Batch
+    loss_sampling: Sampling  # the settings that the loss scores U under
+    notes: tuple[str, ...]  # what was assumed about how U and E were drawn
     sources: tuple[Source, ...]  # on rank 0; empty elsewhere
 
 
@@ -56,9 +61,12 @@ class Setup(NamedTuple):
     update: Batch  # U, on the CPU and trimmed
     evaluation: Batch  # E, likewise
     divisor: int  # of recipes with a constant one, in tokens
-    score: RowFn
+    score: RowFn  # of E
+    loss_sampling: Sampling
+    loss_score: RowFn  # of U: what the loss, and old_logp where it is unknown, are made of
     stream: Stream
     weights_sha256: str  # before anything was computed
+    notes: tuple[str, ...]
     sources: tuple[Source, ...]
 
 
@@ -67,26 +75,46 @@ def read_inputs(
     update: Batch | str | Path,
     evaluation: Batch | str | Path,
     group: Group,
+    update_sampling: Sampling | None = None,
 ) -> Inputs:
     """Loads what was given as paths, and hashes the files.
 
     A checkpoint with the default sampling settings takes those that a file of E's lines carries.
+    The loss is scored under `update_sampling`; if that is not given, under the temperature that a
+    file of U's lines carries, or else under E's, without top-p, top-k and min-p.
     """
-    checkpoint = as_checkpoint(checkpoint)
+    checkpoint, notes = as_checkpoint(checkpoint), []
     paths = {
         name: Path(given)
         for name, given in (("update", update), ("evaluation", evaluation))
         if isinstance(given, str | Path)
     }
-    if "evaluation" in paths and checkpoint.sampling == Sampling():
-        sampling = read_sampling(paths["evaluation"])
+    if checkpoint.sampling == Sampling():
+        sampling = read_sampling(paths["evaluation"]) if "evaluation" in paths else None
         checkpoint = replace(checkpoint, sampling=sampling or checkpoint.sampling)
+        notes += [] if sampling else [_ASSUMED]
+    loss_sampling, note = _loss_sampling(checkpoint.sampling, paths.get("update"), update_sampling)
     if isinstance(update, str | Path):
         update = read_batch(update, checkpoint.tokenizer)
     if isinstance(evaluation, str | Path):
         evaluation = read_batch(evaluation, checkpoint.tokenizer)
     files = sources(checkpoint.path, **paths) if rank(group) == 0 else ()
-    return Inputs(checkpoint, update, evaluation, files)
+    return Inputs(checkpoint, update, evaluation, loss_sampling, (*notes, *note), files)
+
+
+def _loss_sampling(
+    sampling: Sampling, update: Path | None, given: Sampling | None
+) -> tuple[Sampling, tuple[str, ...]]:
+    """The settings that the loss scores U under, and what was assumed about them."""
+    if given is not None:
+        return given, ()
+    temperature = None if update is None else read_temperature(update)
+    if temperature is not None:
+        return Sampling(temperature), ()
+    return Sampling(sampling.temperature), (
+        f"the loss is assumed to score U at the temperature of E, {sampling.temperature}: U does "
+        "not state its own",
+    )
 
 
 def prepared(inputs: Inputs, settings: Settings) -> Setup:
@@ -96,10 +124,9 @@ def prepared(inputs: Inputs, settings: Settings) -> Setup:
     update, evaluation = (trim(batch).to("cpu") for batch in (inputs.update, inputs.evaluation))
     _check_tokens("U", update, checkpoint)
     _check_tokens("E", evaluation, checkpoint)
-    sampling = checkpoint.sampling
-    support = params if sampling.truncates else None
     before = checksum(base | params)
-    key = fingerprint(before, list(params), checkpoint.model, asdict(sampling))
+    drawn, lost = asdict(checkpoint.sampling), asdict(inputs.loss_sampling)
+    key = fingerprint(before, list(params), checkpoint.model, drawn, lost)
     agree("weights and batches", fingerprint(key, update, evaluation), settings.group)
     stream = Stream(
         device=next(iter(params.values())).device,
@@ -115,9 +142,12 @@ def prepared(inputs: Inputs, settings: Settings) -> Setup:
         update=update,
         evaluation=evaluation,
         divisor=_divisor(settings, inputs.update),
-        score=scorer(checkpoint.model, base, sampling=sampling, support=support),
+        score=_scorer(checkpoint, checkpoint.sampling),
+        loss_sampling=inputs.loss_sampling,
+        loss_score=_scorer(checkpoint, inputs.loss_sampling),
         stream=stream,
         weights_sha256=before,
+        notes=inputs.notes,
         sources=inputs.sources,
     )
 
@@ -141,6 +171,12 @@ def _check_tokens(name: str, batch: Batch, checkpoint: Checkpoint) -> None:
             f"{int(tokens.min())} to {int(tokens.max())}. It was tokenised for another model. "
             "Tokenise it with the checkpoint's tokenizer."
         )
+
+
+def _scorer(checkpoint: Checkpoint, sampling: Sampling) -> RowFn:
+    """The checkpoint's scorer, whose possible tokens are those at the checkpoint."""
+    support = checkpoint.params if sampling.truncates else None
+    return scorer(checkpoint.model, checkpoint.base, sampling=sampling, support=support)
 
 
 def _divisor(settings: Settings, update: Batch) -> int:
