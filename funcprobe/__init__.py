@@ -42,6 +42,7 @@ _EXPORTS = {
     "statistics.linearity": ("Linearity", "Ratio", "linearity", "ratio"),
     "statistics.odd_even": ("OddEven", "odd_even", "takeover"),
     "statistics.planning": ("Comparison", "compare", "prompts_needed"),
+    "statistics.policy_test": ("PolicyTest", "policy_test"),
     "statistics.resampling": ("Bootstrap", "Jackknife", "bootstrap", "jackknife"),
     "statistics.results": ("Diagnostics", "Estimate", "Series"),
     "statistics.rounding": ("Rounding", "rounding"),

@@ -79,6 +79,7 @@ from .statistics.planning import (
     compare as compare,
     prompts_needed as prompts_needed,
 )
+from .statistics.policy_test import PolicyTest as PolicyTest, policy_test as policy_test
 from .statistics.resampling import (
     Bootstrap as Bootstrap,
     Jackknife as Jackknife,

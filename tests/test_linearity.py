@@ -8,7 +8,8 @@ import torch
 from arrays import N, arrays, swept
 
 import funcprobe as fp
-from funcprobe.statistics.doubts import doubts
+from funcprobe.statistics.doubts import another_policy, doubts
+from funcprobe.statistics.estimators import Estimator
 from funcprobe.statistics.results import Diagnostics
 from funcprobe.statistics.uncertainty import by_group, standard_error
 
@@ -268,10 +269,15 @@ def test_the_curvature_takes_over_where_its_share_is_the_slopes():
 
 def test_rows_of_another_policy_are_found_by_their_mean_weight():
     change, _ = law([0.5, 1.0], lambda e: 0.0)
-    diagnostics = change.diagnostics._replace(mean_weight_z=torch.tensor([6.0, 50.0]))
+    z = torch.tensor([60.0, 6.0])
+    diagnostics = change.diagnostics._replace(mean_weight_z=z, spread=torch.tensor([0.01, 0.09]))
     off = change._replace(diagnostics=diagnostics)
-    assert any("z = +50.0): E was not sampled" in doubt for doubt in doubts(off))
-    diagnostics = diagnostics._replace(spread=torch.tensor([2.0, 2.0]))
-    wide = change._replace(diagnostics=diagnostics)
-    assert not any("mean weight" in doubt for doubt in doubts(wide))
-    assert doubts(change) == []
+    df = change.psi.shape[-1] - 1
+    assert f"(t = +6.0, df = {df}, p = " in another_policy(off)
+    weighted = off._replace(estimator=Estimator(behaviour=torch.zeros(1)))
+    assert "recorded log-probabilities are not those" in another_policy(weighted)
+    for quiet in (dict(spread=torch.tensor([2.0, 2.0])), dict(mean_weight_z=z / 100)):
+        assert another_policy(change._replace(diagnostics=diagnostics._replace(**quiet))) == ""
+    # With two prompts a t of 125 is seen in one of 200 correct batches, and 6 in one of ten.
+    assert another_policy(off._replace(psi=off.psi[:, :2])) == ""
+    assert another_policy(change) == "" and doubts(change) == []

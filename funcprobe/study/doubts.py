@@ -2,14 +2,23 @@
 
 from ..calculus.results import Sweep
 from ..language.recipes import as_recipe
+from ..statistics.doubts import another_policy
+from ..statistics.policy_test import PolicyTest
+from ..statistics.results import Estimate
 from ..statistics.rounding import Rounding
 from .setup import Setup
 
 
-def probe_doubts(setup: Setup, swept: Sweep, rounded: Rounding | None) -> list[str]:
+def probe_doubts(
+    setup: Setup,
+    swept: Sweep,
+    rounded: Rounding | None,
+    change: Estimate,
+    policy: PolicyTest | None,
+) -> list[str]:
     """Why a probe's results should not be trusted as they stand, each reason with its remedy."""
     reasons = [
-        _another_policy(setup, swept),
+        _recorded_otherwise(setup, swept) or another_policy(change, policy),
         _below_rounding(swept, rounded),
         _out_of_memory(swept),
         _without_rule(swept),
@@ -18,7 +27,7 @@ def probe_doubts(setup: Setup, swept: Sweep, rounded: Rounding | None) -> list[s
     return [reason for reason in reasons if reason]
 
 
-def _another_policy(setup: Setup, swept: Sweep) -> str:
+def _recorded_otherwise(setup: Setup, swept: Sweep) -> str:
     evaluation = setup.evaluation
     off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
     if setup.settings.off_policy or not (off > 0.05).any():

@@ -28,6 +28,7 @@ from ..runtime.serialize import checksum
 from ..statistics.change import entropy_change, entropy_series
 from ..statistics.doubts import doubts
 from ..statistics.estimators import Per, Weights
+from ..statistics.policy_test import policy_test
 from ..training.checkpoint import Checkpoint
 from .about import (
     About,
@@ -294,6 +295,7 @@ def _summarise(
     )
     proportional = settings.nodes is not None or settings.change == "increment"
     rounded = sample and noise(swept, sample, evaluation, series, proportional=proportional)
+    policy = None if settings.off_policy else policy_test(swept.base, evaluation)
     clock.lap("statistics")
     after = checksum(setup.checkpoint.base | setup.checkpoint.params)
     clock.lap("checksum_after")
@@ -303,7 +305,8 @@ def _summarise(
         lr=float(plan.step.lr),
         rounding=rounded,
         about=_about(setup, plan, swept, after, clock.seconds),
-        flags=(*doubts(change, series), *probe_doubts(setup, swept, rounded)),
+        flags=(*doubts(change, series), *probe_doubts(setup, swept, rounded, change, policy)),
+        policy=policy,
         arrays={
             "base.logp": swept.base.logp,
             "base.entropy": swept.base.entropy,

@@ -19,6 +19,7 @@ from ..calculus.tree import Params
 from ..runtime.files import write_atomically
 from ..statistics.estimators import Estimator
 from ..statistics.linearity import Linearity, linearity
+from ..statistics.policy_test import PolicyTest
 from ..statistics.results import Estimate, Series
 from ..statistics.rounding import Rounding
 from ..statistics.tables import html_table, shortened, text_table
@@ -61,6 +62,7 @@ class Report:
     rounding: Rounding | None  # of the change; None if it was not measured
     about: About  # checkpoint, batches, update, settings, inputs, versions
     flags: tuple[str, ...] = ()  # statistical doubts, each with its remedy
+    policy: PolicyTest | None = None  # of E; None where E is weighted by what it records
     arrays: dict[str, Tensor] = field(default_factory=dict)  # per-token results
     direction: Params | None = None  # v; None if the report was loaded and v had not been saved
 
@@ -102,6 +104,7 @@ class Report:
             "lr": self.lr,
             "linearity": [{name: getattr(law, name) for name in names} for law in laws],
             "rounding": self.rounding,
+            "policy_test": self.policy,
             "etas": rows,
             "flags": self.flags,
             "about": self.about,
@@ -272,9 +275,9 @@ class Report:
         ]
 
     def _remarks(self) -> list[str]:
-        """The verdict, the rounding error and the flags, a line each."""
-        rounding = [] if self.rounding is None else [str(self.rounding)]
-        return [*self.verdict().splitlines(), *rounding, *(f"! {flag}" for flag in self.flags)]
+        """The verdict, the rounding error, whose draws E is, and the flags, a line each."""
+        notes = [str(note) for note in (self.rounding, self.policy) if note is not None]
+        return [*self.verdict().splitlines(), *notes, *(f"! {flag}" for flag in self.flags)]
 
     def _text(self, cells: list[tuple[str, ...]]) -> str:
         return "\n".join([self._head(), "", *text_table(_COLUMNS, cells), "", *self._remarks()])
@@ -344,6 +347,9 @@ def _fields(data: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
     rounding: dict[str, Any] | None = data["rounding"]
     if rounding is not None:
         rounding = {name: math.inf if x is None else x for name, x in rounding.items()}
+    policy: dict[str, Any] | None = data["policy_test"]
+    if policy is not None:
+        policy = {name: math.nan if x is None else x for name, x in policy.items()}
     taken = {f"change.{name}" for name in change.tensors()}
     arrays = {
         name: x
@@ -357,6 +363,7 @@ def _fields(data: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         "rounding": None if rounding is None else Rounding(**rounding),
         "about": About.from_dict(data["about"]),
         "flags": tuple(data["flags"]),
+        "policy": None if policy is None else PolicyTest(**policy),
         "arrays": arrays,
         "direction": under("v.") or None,
     }
