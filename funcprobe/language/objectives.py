@@ -125,15 +125,37 @@ def _advantage(batch: Batch, recipe: Recipe) -> Tensor:
     return made
 
 
-def _surrogate(recipe: Recipe, logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
-    """``-min(r A, clip(r) A)`` of each token, [N, R]; ``-A logp`` without a ratio."""
+def clipped(logp: Tensor, batch: Batch, recipe: str | Recipe) -> Tensor:
+    """The response tokens whose surrogate is clipped, so that it has no gradient, [N, R] bool.
+
+    Args:
+        logp: [N, R] nats at the parameters in question.
+        batch: a prepared batch.
+        recipe: the one it was prepared with.
+    """
+    recipe = as_recipe(recipe)
     if recipe.ratio == "none":
-        return -advantage * logp
+        return torch.zeros_like(batch.response)
+    ratio, advantage = _log_ratio(recipe, logp, batch).exp(), batch.advantage.unsqueeze(-1)
+    above = (ratio > 1 + recipe.clip_high) & (advantage > 0)
+    below = (ratio < 1 - recipe.clip_low) & (advantage < 0)
+    return (above | below) & batch.response
+
+
+def _log_ratio(recipe: Recipe, logp: Tensor, batch: Batch) -> Tensor:
+    """The log of the ratio that each token's loss has, [N, R]."""
     log_ratio = logp - torch.where(batch.response, batch.old_logp.to(logp.dtype), 0.0)
     if recipe.ratio == "sequence":
         # Every token carries the loss of its whole sequence, and the weights divide it among them.
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(logp)
-    ratio = log_ratio.exp()
+    return log_ratio
+
+
+def _surrogate(recipe: Recipe, logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
+    """``-min(r A, clip(r) A)`` of each token, [N, R]; ``-A logp`` without a ratio."""
+    if recipe.ratio == "none":
+        return -advantage * logp
+    ratio = _log_ratio(recipe, logp, batch).exp()
     clipped = ratio.clamp(1 - recipe.clip_low, 1 + recipe.clip_high)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 
