@@ -96,6 +96,11 @@ class _Loss:
     score: Score
     recipe: Recipe
 
+    @property
+    def separable(self) -> bool:
+        """Whether the rows are known not to depend on each other, as the scorer's are."""
+        return getattr(self.score, "separable", False)
+
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """The loss of each response token, [N, R]."""
         _check_prepared(batch)
