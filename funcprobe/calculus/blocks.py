@@ -268,7 +268,7 @@ def check_separable(fn: RowFn, params: Params, block: Tree) -> None:
         halves = [fn(params, tree_map(lambda leaf, k=k: leaf[k::2], block)) for k in (0, 1)]
     sizes = [[len(leaf) if leaf.ndim else 0 for leaf in leaves(out)] for out in (whole, *halves)]
     expected = (n, n - n // 2, n // 2)
-    if any(set(found) - {rows} for found, rows in zip(sizes, expected, strict=True)):
+    if any(set(counts) - {rows} for counts, rows in zip(sizes, expected, strict=True)):
         raise ValueError(
             f"{_name(fn)}: one entry a row was expected of a function that is computed in blocks "
             f"of rows, but on {n} rows it gives {describe(whole)}. Likely it reduces over its "
@@ -281,7 +281,7 @@ def check_separable(fn: RowFn, params: Params, block: Tree) -> None:
             f"{_name(fn)}: a function whose rows do not depend on each other was expected, but "
             f"{n} rows computed in two parts differ from all at once by up to "
             f"{max(distance for distance, _ in off):.2g} of the largest value. Likely it divides "
-            "by a number of rows or tokens, normalises over its batch, or is random. Fix such "
+            "by a number of rows, normalises over its batch, or is random. Fix such "
             "numbers on the whole batch first, or compute all rows at once with rows='all'."
         )
 

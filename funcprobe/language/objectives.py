@@ -124,8 +124,8 @@ def _advantage(batch: Batch, recipe: Recipe) -> Tensor:
     if brought and not torch.allclose(batch.advantage, made, rtol=1e-6, atol=1e-9):
         raise ValueError(
             "prepare: the batch brings advantages that differ from those the recipe makes of its "
-            "rewards. Use a recipe with baseline='given' to keep them, or clear them: "
-            "batch._replace(advantage=torch.full_like(batch.advantage, torch.nan))."
+            "rewards. Leave one of the two out, or in Python, keep the advantages by a recipe with "
+            "baseline='given'."
         )
     return made
 

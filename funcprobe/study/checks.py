@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,14 @@ def check_settings(settings: Settings) -> None:
     check_nodes("probe", settings.nodes, settings.tol)
     for name in ("max_length", "tokens", "lanes"):
         count = getattr(settings, name)
-        whole = isinstance(count, int) and not isinstance(count, bool)
-        if count is None or (whole and 1 <= count <= _LARGEST):
+        if count is None or (type(count) is int and 1 <= count <= _LARGEST):
             continue
-        bound = f"at most {_LARGEST}" if whole and count > _LARGEST else "at least 1"
+        bound = "a whole number"
+        if isinstance(count, int | float):
+            bound = f"at most {_LARGEST}" if count > _LARGEST else "at least 1"
+            bound = bound if count % 1 == 0 else "a whole number"
         raise ValueError(
-            f"probe: {name} must be {bound}, a whole number, not {count}. Leave it out for the "
-            "default."
+            f"probe: {name} must be {bound}, not {count}. Leave it out for the default."
         )
 
 
@@ -127,7 +129,7 @@ def _check_logp(name: str, batch: Batch) -> None:
 
 def positions(model: Model) -> int | None:
     """How many positions the model's configuration says that it was made for, if it does."""
-    config = model.skeleton.config
+    config: Any = model.skeleton.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limit = getattr(text, "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None

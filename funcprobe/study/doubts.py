@@ -65,7 +65,7 @@ def _below_rounding(swept: Sweep, rounded: Rounding | None) -> str:
         return ""
     return (
         f"rounding drowns the change below eta = {rounded.floor:.2g}. Use change='increment' "
-        "in full precision, or load the checkpoint in float64."
+        "in full precision, or load the checkpoint with dtype=torch.float64."
     )
 
 
@@ -83,7 +83,8 @@ def _without_rule(swept: Sweep) -> str:
         return ""
     return (
         f"there is no increment rule for {', '.join(swept.fallbacks)}: values were subtracted "
-        "there, with rounding. Call sweep with rules= for them, or load the checkpoint in float64."
+        "there, with rounding. Load the checkpoint with dtype=torch.float64, or in Python, call "
+        "sweep with rules= for them."
     )
 
 

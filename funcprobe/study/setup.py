@@ -13,6 +13,7 @@ from ..language.batch import Batch, trim
 from ..language.recipes import Recipe
 from ..language.sampling import Sampling
 from ..language.score import scorer
+from ..rollouts.lines import read_rows
 from ..rollouts.records import read_batch, read_sampling, read_temperature
 from ..runtime.distributed import Group, agree, rank, share
 from ..runtime.memory import Room, room
@@ -98,12 +99,15 @@ def read_inputs(
     The loss is scored under `update_sampling`; if that is not given, under the temperature that a
     file of U's lines carries, or else under E's, without top-p, top-k and min-p.
     """
-    checkpoint, notes = as_checkpoint(checkpoint), []
     paths = {
         name: Path(given)
         for name, given in (("update", update), ("evaluation", evaluation))
         if isinstance(given, str | Path)
     }
+    if isinstance(checkpoint, str | Path):
+        for path in paths.values():
+            read_rows("read_batch", path)  # refuses bad lines before a model is loaded
+    checkpoint, notes = as_checkpoint(checkpoint), []
     if checkpoint.sampling == Sampling():
         sampling = read_sampling(paths["evaluation"]) if "evaluation" in paths else None
         checkpoint = replace(checkpoint, sampling=sampling or checkpoint.sampling)

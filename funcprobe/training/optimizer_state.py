@@ -16,6 +16,8 @@ from ..calculus.tree import Params
 from .folder import find_file
 from .refusal import FRESH, explained, listed, refusal
 
+_NAMES = "In Python, pass names=, its parameters in order."
+
 # What the Trainer leaves out of weight decay, besides the parameters of nn.LayerNorm.
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
@@ -185,7 +187,7 @@ def match_names(
             f"{len(trained)} trained among them, found {len(set(order))} names for {len(order)}; "
             f"unknown: {listed(unknown)}; missing: {listed(missing)}",
             "the optimizer is another model's",
-            f"Pass names=, its parameters in order. {FRESH}",
+            f"{_NAMES} {FRESH}",
         )
     return Match(order, match.how)
 
@@ -244,7 +246,7 @@ def _refuse_groups(saved: SavedOptimizer, module: nn.Module, trained: list[str])
         f"one group of {len(trained)} parameters, or the Trainer's {len(decayed)} with decay and "
         f"{len(free)} without, were expected, found groups of {_sizes(saved)}",
         "the optimizer was grouped otherwise, or is another model's",
-        f"Pass names=, its parameters in order. {FRESH}",
+        f"{_NAMES} {FRESH}",
     )
 
 
@@ -346,7 +348,7 @@ def _check_entries(
             f"were expected. {len(wrong)} have other shapes: {listed(wrong)}; {len(stray)} belong "
             f"to frozen or unlisted parameters: {listed(stray)}; step counts: {steps[:5]}",
             "the optimizer numbers its parameters in another order, or is another model's",
-            f"Pass names=, its parameters in order. {FRESH}",
+            f"{_NAMES} {FRESH}",
         )
 
 
