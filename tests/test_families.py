@@ -1,10 +1,6 @@
-"""Every family under every transform, against finite differences of float64 values.
-
-`python tests/test_families.py` writes the table of measured errors to docs/families.md.
-"""
+"""Every family under every transform, against finite differences of float64 values."""
 
 from functools import cache
-from pathlib import Path
 
 import cases
 import pytest
@@ -13,7 +9,6 @@ import torch
 
 import funcprobe as fp
 
-TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 TRANSFORMS = ("direct", "increment", "jvp", "jvp(jvp)", "grad", "vmap(grad)")
 DTYPES = (torch.float64, torch.float32)
 LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -76,37 +71,3 @@ def error(family: str, transform: str, dtype: torch.dtype) -> float:
 def test_every_transform_is_right(family, transform, dtype):
     rounding = 10 if transform == "jvp(jvp)" and dtype == torch.float64 else 1
     assert error(family, transform, dtype) < rounding * LIMIT[dtype]
-
-
-def test_the_table_lists_what_is_tested():
-    rows = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
-    names = [row.split("|")[1].strip() for row in rows[1:]]
-    assert names == cases.FAMILIES
-    assert [cell.strip() for cell in rows[0].split("|")[2:-1]] == list(TRANSFORMS)
-
-
-def table() -> str:
-    lines = [
-        "# Families and transforms",
-        "",
-        "Relative error, in float64 / float32, of tiny random models with LoRA on all linear",
-        "layers, against float64 differences of a live module whose weights are written in place,",
-        "one row at a time. `python tests/test_families.py` writes this table; the tests refuse",
-        "more than 1e-6 (1e-5 in second derivatives, where the differences round) and 1e-3.",
-        "DoRA is refused by `split`: PEFT detaches its weight norm, so that its derivative is not",
-        "that of its values.",
-        "",
-        "| family | " + " | ".join(TRANSFORMS) + " |",
-        "|---" * (len(TRANSFORMS) + 1) + "|",
-    ]
-    for family in cases.FAMILIES:
-        cells = [
-            " / ".join(f"{error(family, transform, dtype):.0e}" for dtype in DTYPES)
-            for transform in TRANSFORMS
-        ]
-        lines.append(f"| {family} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    TABLE.write_text(table())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from torch import Tensor
 from ..calculus import precision
 from ..calculus.blocks import evaluate
 from ..calculus.gradients import gradient
-from ..calculus.interpolation import FIRST
+from ..calculus.interpolation import FIRST, check_nodes
 from ..calculus.line import sweep
 from ..calculus.results import Sweep, join
-from ..calculus.step import adamw, direction
+from ..calculus.step import Affine, adamw, direction
 from ..calculus.taylor import taylor
-from ..calculus.tree import Terms, norm
+from ..calculus.tree import Params, Terms, norm
 from ..language.batch import Batch, lengths
 from ..language.objectives import objective, prepare
 from ..language.recipes import Recipe
@@ -37,11 +38,10 @@ from .about import (
     WeightsUnchanged,
     versions,
 )
-from .checks import check_arguments, check_inputs, check_settings
 from .doubts import probe_doubts
 from .report import Report
 from .roundoff import Recomputed, noise, recompute_sample
-from .setup import Plan, Settings, Setup, prepared, read_inputs
+from .setup import Settings, Setup, prepared, read_inputs
 
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
@@ -116,6 +116,7 @@ def probe(
     Raises:
         ValueError: the batches, rates or state do not fit; see the functions composed.
     """
+    check_nodes("probe", nodes, tol)
     settings = Settings(
         recipe=recipe,
         weights=weights,
@@ -132,10 +133,7 @@ def probe(
         group=group,
         progress=progress,
     )
-    check_settings(settings)
-    check_arguments(checkpoint, update, evaluation)
     inputs = read_inputs(checkpoint, update, evaluation, group, update_sampling)
-    check_inputs(inputs)
     clock = _Clock()
     setup = prepared(inputs, settings)
     clock.lap("checksum")
@@ -152,6 +150,16 @@ def probe(
     return _summarise(setup, plan, swept, terms, sample, clock)
 
 
+class _Plan(NamedTuple):
+    """The update that U causes."""
+
+    update: Batch  # U, prepared
+    grads: Params
+    step: Affine
+    v: Params
+    etas: Tensor  # [K] float64
+
+
 class _Clock:
     """Seconds from each lap to the next, by name."""
 
@@ -166,11 +174,10 @@ class _Clock:
         self._last = now
 
 
-def _plan_update(setup: Setup, etas: Etas | None) -> Plan:
+def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
     """The step that U causes from the saved state, as a direction, and the learning rates."""
     recipe, params, stream = setup.settings.recipe, setup.checkpoint.params, setup.stream
-    logp = _scored_update(setup)
-    update = prepare(_with_old_logp(setup.update, logp), recipe, max_length=setup.divisor)
+    update = prepare(_with_old_logp(setup), recipe, max_length=setup.divisor)
     loss = objective(setup.loss_score, recipe)
     blocks, _ = stream.cut(update, reverse=True)
     total = stream.total(
@@ -186,9 +193,8 @@ def _plan_update(setup: Setup, etas: Etas | None) -> Plan:
         etas = [lr * multiple for multiple in MULTIPLES]
     elif callable(etas):
         etas = etas(lr)
-    return Plan(
+    return _Plan(
         update=update,
-        logp=logp,
         grads=grads,
         step=step,
         v=direction(step, grads),
@@ -196,23 +202,23 @@ def _plan_update(setup: Setup, etas: Etas | None) -> Plan:
     )
 
 
-def _scored_update(setup: Setup) -> Tensor:
-    """The log-probability of U's tokens at the checkpoint, [N, R] float64."""
-    blocks, order = setup.stream.cut(setup.update)
-    scores = setup.stream.map(
+def _with_old_logp(setup: Setup) -> Batch:
+    """U with log-probabilities at the checkpoint where none are recorded."""
+    update, stream, score = setup.update, setup.stream, setup.loss_score
+    unknown = update.old_logp.isnan()
+    if not (unknown & update.response).any():
+        return update
+    blocks, order = stream.cut(update)
+    scores = stream.map(
         "log-probabilities of U",
-        lambda block: evaluate(setup.loss_score, setup.checkpoint.params, block, rows="all"),
+        lambda block: evaluate(score, setup.checkpoint.params, block, rows="all"),
         blocks,
     )
-    return join(scores, order).logp.double()
+    here = join(scores, order).logp.double()
+    return update._replace(old_logp=torch.where(unknown, here, update.old_logp))
 
 
-def _with_old_logp(update: Batch, logp: Tensor) -> Batch:
-    """U with its log-probabilities at the checkpoint where none are recorded."""
-    return update._replace(old_logp=torch.where(update.old_logp.isnan(), logp, update.old_logp))
-
-
-def _sweep(setup: Setup, plan: Plan) -> Sweep | None:
+def _sweep(setup: Setup, plan: _Plan) -> Sweep | None:
     """E's scores at every learning rate; None on ranks other than 0."""
     settings, params = setup.settings, setup.checkpoint.params
     # Blocks get no more lanes than there are points: every eta, and the base where values are
@@ -243,7 +249,7 @@ def _sweep(setup: Setup, plan: Plan) -> Sweep | None:
     return join(parts, order) if parts else None
 
 
-def _slope(setup: Setup, plan: Plan) -> Terms | None:
+def _slope(setup: Setup, plan: _Plan) -> Terms | None:
     """E's scores and their derivatives along v; None on ranks other than 0."""
     params = setup.checkpoint.params
     blocks, order = setup.stream.cut(setup.evaluation)
@@ -257,7 +263,7 @@ def _slope(setup: Setup, plan: Plan) -> Terms | None:
     return join(parts, order) if parts else None
 
 
-def _roundoff(setup: Setup, plan: Plan) -> Recomputed | None:
+def _roundoff(setup: Setup, plan: _Plan) -> Recomputed | None:
     """A sample of the changes on E, computed in another way."""
     return recompute_sample(
         setup.stream,
@@ -272,7 +278,7 @@ def _roundoff(setup: Setup, plan: Plan) -> Recomputed | None:
 
 def _summarise(
     setup: Setup,
-    plan: Plan,
+    plan: _Plan,
     swept: Sweep,
     terms: Terms,
     sample: Recomputed | None,
@@ -299,7 +305,7 @@ def _summarise(
         lr=float(plan.step.lr),
         rounding=rounded,
         about=_about(setup, plan, swept, after, clock.seconds),
-        flags=(*doubts(change, series), *probe_doubts(setup, plan, swept, rounded, change, policy)),
+        flags=(*doubts(change, series), *probe_doubts(setup, swept, rounded, change, policy)),
         policy=policy,
         arrays={
             "base.logp": swept.base.logp,
@@ -315,7 +321,7 @@ def _summarise(
     )
 
 
-def _about(setup: Setup, plan: Plan, swept: Sweep, after: str, seconds: dict[str, float]) -> About:
+def _about(setup: Setup, plan: _Plan, swept: Sweep, after: str, seconds: dict[str, float]) -> About:
     checkpoint, settings = setup.checkpoint, setup.settings
     with precision.exact():
         effective = precision.settings()

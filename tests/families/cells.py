@@ -1,15 +1,12 @@
 """The table of cells, a family with an adapter each, and what becomes of them.
 
 A cell is right unless its entry says otherwise. The tests hold each cell to its entry, and
-docs/families.md, which `python tests/families/cells.py` writes, to the table.
+docs/families.md, which `page` writes, to the table.
 """
 
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import zoo
-
-PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
 
 class Cell(NamedTuple):
@@ -23,6 +20,8 @@ class Cell(NamedTuple):
     increments: str = ""  # the pattern of the ValueError of increments
     lanes: str = ""  # the pattern of the error of the default sweep, where lanes=1 is right
     fallbacks: tuple[str, ...] = ()  # the operations whose increments are subtractions
+    longest: int | None = None  # the longest rows, `Model.longest`
+    says: str = ""  # a refusal in a few words, for the page
 
     @property
     def id(self) -> str:
@@ -44,9 +43,12 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen3_5", "LoRA"): dict(increments=_WRITES),
     ("apertus", "LoRA"): dict(increments="gt of a changing tensor"),
     # Refused, because the model sees more than a causal policy may.
-    ("gemma3_bidirectional", "LoRA"): dict(refused="later"),
-    ("xlm", "LoRA"): dict(refused="later"),
+    ("gemma3_bidirectional", "LoRA"): dict(refused="later", says="it sees later tokens"),
+    ("xlm", "LoRA"): dict(refused="later", says="it sees later tokens"),
     ("hrm", "LoRA"): dict(false_derivative="Hrm"),
+    ("llama_dynamic", "LoRA"): dict(longest=64),
+    ("qwen2_dynamic", "LoRA"): dict(longest=64),
+    ("phi3_long", "LoRA"): dict(longest=64),
     # Architectures that are not supported.
     ("opt", "LoRA"): dict(raises="decoder"),
     ("llama4", "LoRA"): dict(raises="no decoder below"),
@@ -72,9 +74,9 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "OFT": dict(increments=_WRITES, lanes="vmap: index_put_"),
         "C3A": _NO_SETUP,
         "LoHa": _NO_SETUP,
-        "aLoRA": dict(refused="aLoRA"),
-        "aLoRA beside": dict(refused="aLoRA"),
-        "prompt": dict(refused="prompt learning"),
+        "aLoRA": dict(refused="aLoRA", says="it reads the tokens"),
+        "aLoRA beside": dict(refused="aLoRA", says="it reads the tokens"),
+        "prompt": dict(refused="prompt learning", says="it changes the tokens"),
     }.items()
 } | {
     # PEFT does not put these on GPT-2's own linear layer.

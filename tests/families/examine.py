@@ -6,6 +6,7 @@ from functools import cache
 from time import perf_counter
 from typing import Any
 
+import pytest
 import torch
 import truth
 import zoo
@@ -20,10 +21,11 @@ SIZE = 0.03  # of the direction, as part of each tensor
 
 
 @cache
-def batch() -> fp.Batch:
+def batch(longest: int | None = None) -> fp.Batch:
     """Eight ragged rows: a prompt of 56 tokens with three responses, one row of 160 tokens.
 
-    Its weights, random numbers, are those of `_loss`: `weight` on logp, `ref_logp` on entropy.
+    Its weights, random numbers, are those of `_loss`: `weight` on logp, `ref_logp` on entropy. With
+    `longest`, the rows up to so many tokens.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -34,10 +36,11 @@ def batch() -> fp.Batch:
     rows = [(1, 5), (56, 6), (56, 3), (56, 7), (150, 10), (20, 12), (1, 0), (20, 1)]
     out = fp.collate([prompts[p] for p, _ in rows], [tokens(r) for _, r in rows], pad_id=0)
     weights = torch.randn(2, *out.response.shape, generator=generator, dtype=torch.float64)
-    return out._replace(weight=weights[0], ref_logp=weights[1])
+    out = out._replace(weight=weights[0], ref_logp=weights[1])
+    return out if longest is None else out.rows(out.attention.sum(1) <= longest)
 
 
-SHORT = 64  # tokens, prompt and response
+SHORT = 64  # tokens of a row: beside longer ones no band allows a prompt to be shared
 
 
 def direction(params: dict[str, Tensor], *, seed: int = 1) -> dict[str, Tensor]:
@@ -61,6 +64,7 @@ class Findings:
     split: str = ""  # "", or the exception
     seconds: float = 0.0
     false_derivative: str = ""
+    longest: int | None = None
     shares: int = 0
     fallbacks: tuple[str, ...] = ()
     errors: dict[str, float | str] = field(default_factory=dict)
@@ -76,9 +80,16 @@ def examine(
     *,
     dtype: torch.dtype | None = torch.float64,
     checks: Sequence[str] = ALL,
-    rows: Sequence[int] | None = None,
+    longest: int | None = None,
 ) -> Findings:
-    """Splits a live module and holds what the package gives against `truth`, on rows of `batch`."""
+    """Splits a live module and holds what the package gives against `truth`.
+
+    Args:
+        module: a float32 module.
+        dtype: as of `split`.
+        checks: the names of the checks, in an order in which none needs a later one.
+        longest: only the rows of `batch` up to so many tokens are scored.
+    """
     found = Findings()
     start = perf_counter()
     try:
@@ -89,10 +100,28 @@ def examine(
     finally:
         found.seconds = perf_counter() - start
     found.false_derivative = getattr(model, "false_derivative", "")
-    found.shares = model.shares
-    chosen = batch() if rows is None else batch().rows(torch.tensor(rows))
-    _Examination(found, module, model, params, base, chosen).run(checks)
+    found.longest, found.shares = getattr(model, "longest", None), model.shares
+    _Examination(found, module, model, params, base, batch(longest)).run(checks)
     return found
+
+
+FEW = ("scores", "shared", "moved", "gradient")
+
+
+def right(module, *, checks=FEW, longest=None):
+    """Asserts that a module splits and that its numbers are right."""
+    findings = examine(module, checks=checks, longest=longest)
+    assert findings.split == "", findings.split
+    wrong = {n: e for n, e in findings.errors.items() if isinstance(e, str) or not e < 1e-6}
+    assert not wrong, wrong
+    return findings
+
+
+def refused(module, message):
+    """Asserts that `split` says why it refuses a module, in any precision."""
+    for dtype in (None, torch.float64):
+        with pytest.raises(ValueError, match=f"(?s)split: .*{message}"):
+            fp.split(module, dtype=dtype)
 
 
 def _error(got: Tensor, want: Tensor) -> float:
@@ -128,7 +157,6 @@ class _Examination:
         return torch.stack(self.score(self.params, self.batch)), self.here
 
     def shared(self) -> tuple[Tensor, Tensor]:
-        """Without long rows, beside which no band allows a prompt to be shared."""
         short = self.batch.attention.sum(1) <= SHORT
         got = self.score(self.params, self.batch.rows(short))
         return torch.stack(got), self.here[:, short]

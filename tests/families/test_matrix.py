@@ -6,6 +6,7 @@ import examine
 import pytest
 import torch
 from cells import CELLS, CORE, Cell
+from page import PAGE, page
 from zoo import build
 
 import funcprobe as fp
@@ -36,7 +37,7 @@ def test_a_cell_is_as_the_table_says(cell):
             fp.split(build(cell.family, cell.adapter), dtype=torch.float64)
         return
     module = build(cell.family, cell.adapter)
-    findings = examine.examine(module)
+    findings = examine.examine(module, longest=cell.longest)
     if cell.refused or findings.split:
         assert cell.refused and re.match(f"ValueError: .*{cell.refused}", findings.split)
         return
@@ -59,3 +60,7 @@ def test_a_cell_that_is_right_is_never_refused(cell):
     for fresh, dtype in [(False, None), (True, None), (True, torch.float64)]:
         model, _, _ = fp.split(build(cell.family, cell.adapter, fresh=fresh), dtype=dtype)
         assert bool(getattr(model, "false_derivative", "")) == bool(cell.false_derivative)
+
+
+def test_the_page_says_what_is_tested():
+    assert PAGE.read_text() == page(), "run python tests/families/page.py"

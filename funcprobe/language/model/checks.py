@@ -22,7 +22,7 @@ from .skeleton import causal_model
 
 _STEPS = (1e-2, 1e-3)  # of central differences, as part of the largest parameter
 _COARSE_STEPS = (3e-2, 1e-2, 3e-3)  # the same where a base in lower precision rounds them
-_SHORT, _LONG = 6, 64  # tokens in the rows that a module must read alike
+_SHORT, _LONG = 7, 64  # tokens in the rows that a module must read alike; blocks divide no prime
 _FAR = 2**24  # a position beyond every rotary table
 
 
@@ -97,15 +97,16 @@ def check_causal(forward: Forward, params: Params, base: Params) -> None:
     """
     device = next(iter(params.values())).device
     alone = _row(_SHORT, device)
-    tokens = _row(_long(forward), device).tokens.repeat(2, 1)
-    tokens[1, _SHORT:] = _other(tokens[1, _SHORT:])
+    tokens = _row(_long(forward), device).tokens.repeat(3, 1)
+    tokens[1, _SHORT:] = _other(tokens[1, _SHORT:])  # another end
+    tokens[2] = _other(tokens[2])  # another row beside
     want = forward.states(params, base, alone)
-    pair = forward.states(params, base, _plain(tokens)).unflatten(0, (2, -1))[:, :_SHORT]
+    pair = forward.states(params, base, _plain(tokens)).unflatten(0, (3, -1))[:2, :_SHORT]
     error = float((pair - want).norm() / (math.sqrt(2) * want.norm()))
     if not error < _rounding(params | base) ** 0.5:
         raise ValueError(
-            f"split: a causal language model was expected, in {_name(forward)} later tokens "
-            f"change the hidden states before them (by {error:.1e} of their size). Likely cause: "
+            f"split: a causal language model was expected, in {_name(forward)} later tokens or "
+            f"other rows change hidden states (by {error:.1e} of their size). Likely cause: "
             "attention in both directions (use_bidirectional_attention, is_causal or is_decoder "
             "in its config). Load it as a causal decoder."
         )

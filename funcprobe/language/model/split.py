@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..batch import SHARED, Batch
 from ..packing import Layout, by_row, pack
-from ..tracing import concrete
+from ..tracing import concrete, levels
 from . import attention, checks, rotary
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
@@ -96,9 +96,11 @@ class Model:
         return self.forward.precision()
 
     def _check_length(self, batch: Batch) -> None:
-        seen = concrete(batch.tokens)
-        longest = int(batch.attention.sum(1).max()) if seen else batch.tokens.shape[1]
-        if self.longest is not None and longest > self.longest:
+        if self.longest is None:
+            return
+        *_, attention = levels(batch.attention)  # of all rows, whichever transform runs
+        longest = int(attention.sum(-1).max())
+        if longest > self.longest:
             limit = rotary.limit(self.skeleton)
             raise ValueError(
                 f"model: rows of at most {self.longest} tokens were expected, one has {longest}. "
@@ -160,9 +162,9 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     skeleton, names = make_skeleton(module)
     float64 = _all_float64(tensors)
     ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
-    checks.check_head(eager, checks.generic(params), base)
-    checks.check_state(eager, params, base)
+    checks.check_state(eager, params, base)  # first: what keeps state differs from itself
     checks.check_causal(eager, params, base)
+    checks.check_head(eager, checks.generic(params), base)
     forward = ours if checks.attends_alike(ours, eager, params, base) else eager
     checks.check_derivative(forward, params, base)
     causal: Any = causal_model(skeleton)
