@@ -15,6 +15,7 @@ from ..tracing import concrete, levels
 from . import attention, checks, rotary
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
+from .hooks import check_hooks
 from .skeleton import (
     causal_model,
     duplicate,
@@ -162,6 +163,7 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     skeleton, names = make_skeleton(module)
     float64 = _all_float64(tensors)
     ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
+    check_hooks(module, eager, params, base)
     checks.check_state(eager, params, base)  # first: what keeps state differs from itself
     checks.check_causal(eager, params, base)
     checks.check_head(eager, checks.generic(params), base)
