@@ -49,7 +49,7 @@ def _exact_rotary(module):
         half = len(table)
         exact = torch.tensor(
             [rope["rope_theta"] ** (-j / half) for j in range(half)], dtype=torch.float64
-        )
+        ) / torch.tensor(rope.get("short_factor", 1.0), dtype=torch.float64)
         assert torch.allclose(table, exact, rtol=1e-5)
         table.copy_(exact)
 

@@ -277,9 +277,7 @@ def test_the_callers_module_and_settings_are_untouched():
         fp.assemble(model, params, base)
     assert_same(snapshot(module), before)
     assert_same(settings(), world)
-    assert sorted(calls) == sorted(
-        ["forward", "pre", "backward"] * 2 * 2
-    )  # the split's own trial, in each layer
+    assert sorted(calls) == sorted(["forward", "pre", "backward"] * 2 * 2)
 
 
 def test_dropout_hooks_and_checkpointing_do_not_reach_the_split():

@@ -132,7 +132,7 @@ def _outcome(scratch: nn.Module, forward: Forward, params: Params, base: Params)
         logits = functional_call(scratch, base | moving, (), inputs, strict=True).logits
         number = logits.logsumexp(-1).sum() - logits[..., 1].sum()
         # `backward` reaches parts whose inputs alone have a gradient, `autograd.grad` does not.
-        number.backward()  # type: ignore[no-untyped-call]
+        number.backward()
     return [logits.detach(), *(p.grad for p in moving.values() if p.grad is not None)]
 
 
