@@ -163,8 +163,8 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     skeleton, names = make_skeleton(module)
     float64 = _all_float64(tensors)
     ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
-    check_hooks(module, eager, params, base)
     checks.check_state(eager, params, base)  # first: what keeps state differs from itself
+    check_hooks(module, eager, params, base)
     checks.check_causal(eager, params, base)
     checks.check_head(eager, checks.generic(params), base)
     forward = ours if checks.attends_alike(ours, eager, params, base) else eager
