@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from . import __version__
 from .language.recipes import RECIPES
+from .wording import doubts_in_flags, in_flags
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
 # The longest completion that the bundled run allowed, in tokens. Its loss was divided by it.
 BUNDLED_MAX_LENGTH = 24
 
+_INTERRUPTED = "interrupted. The same command goes on from the finished blocks in OUTPUT/blocks."
+
 # Below this many parameters a second thread costs more than it gains.
 _SMALL = 10_000_000
 
-# How a YAML file says that an option is not set.
-_UNSET = ("", "~", "null")
+_UNSET = ("", "~", "null")  # how a YAML file says that an option is not set
 
 _USAGE = """usage: funcprobe probe [--config FILE.yaml] [--option value ...]
        funcprobe --version
@@ -128,18 +130,22 @@ def main(arguments: list[str] | None = None) -> int:
             )
         with together(device) as (group, speaks):
             _probe(options, device, group, first)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if speaks():
-            _complain(error, first)
+            _complain(in_flags(str(error), _choices()), first)
         return 2
+    except KeyboardInterrupt:
+        if speaks():
+            _complain(_INTERRUPTED, first)
+        return 130
     return 0
 
 
-def _complain(error: Exception, first: bool) -> None:
+def _complain(message: str, first: bool) -> None:
     """Prints an error as one line on standard error, even where a progress bar stands."""
     from tqdm.auto import tqdm
 
-    line = f"funcprobe: {' '.join(str(error).split())}"
+    line = f"funcprobe: {' '.join(message.split())}"
     tqdm.write(line if first else f"\n{line}", file=sys.stderr)
 
 
@@ -274,8 +280,7 @@ def _read_config(path: str) -> dict[str, str]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: a mapping of options was expected.")
     choices = _choices()
-    unknown = sorted(set(settings) - set(choices))
-    if unknown:
+    if unknown := sorted(set(settings) - set(choices)):
         raise ValueError(f"{path}: unknown options {unknown}; there are {list(choices)}.")
     for name in ("etas", "format"):
         if isinstance(settings.get(name), list):
@@ -295,13 +300,17 @@ def _check_setting(path: str, name: str, value: object, choices: tuple[str, ...]
 
 def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", first: bool) -> None:
     """Probes. The first rank writes and prints the report; then finished blocks are removed."""
+    from .rollouts.lines import read_rows
     from .runtime.distributed import agree
     from .runtime.resume import discard
     from .study.probe import probe
 
     path, update, evaluation = _inputs(options)
     formats = _formats(options.format)
-    parse_etas(options.etas, 1.0)  # refuses bad text before anything is loaded
+    # What is bad is refused before anything is loaded.
+    parse_etas(options.etas, 1.0)
+    read_rows("read_batch", update)
+    read_rows("read_batch", evaluation)
     max_length, nodes = options.max_length, options.nodes
     if options.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
@@ -328,7 +337,7 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
     if report is not None:
         written = report.save(options.output, formats=formats, direction=options.save_direction)
         if not options.quiet:
-            print(report)
+            print(doubts_in_flags(str(report), _choices()))
             print("wrote " + ", ".join(map(str, written)))
     agree("end", "reached", group)  # no rank removes blocks that another may still need
     discard(finished)
@@ -372,15 +381,17 @@ def _load(path: Path, options: ProbeArguments, device: str, *, bars: bool) -> "C
 
 def _inputs(options: ProbeArguments) -> tuple[Path, Path, Path]:
     """The paths of the checkpoint, U and E: those given, or the bundled ones."""
-    checkpoint, update, evaluation = options.checkpoint, options.update, options.evaluation
-    if checkpoint is None and update is None and evaluation is None:
+    given = {name: getattr(options, name) for name in ("checkpoint", "update", "evaluation")}
+    missing = [f"--{name}" for name in given if given[name] is None]
+    if len(missing) == 3:
         return bundled()
-    if checkpoint is None or update is None or evaluation is None:
+    if missing:
         raise ValueError(
-            "--checkpoint, --update and --evaluation go together; give all three, or none for the "
-            "bundled checkpoint."
+            f"--checkpoint, --update and --evaluation go together, {' and '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing. Give all three, or none for the "
+            "bundled ones."
         )
-    return Path(checkpoint), Path(update), Path(evaluation)
+    return Path(given["checkpoint"]), Path(given["update"]), Path(given["evaluation"])
 
 
 def bundled() -> tuple[Path, Path, Path]:

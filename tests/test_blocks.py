@@ -22,6 +22,12 @@ class Backwards(NamedTuple):
         return [Backwards(self.x[rows]) for rows in order.split(2)], order
 
 
+class Forwards(NamedTuple):
+    """A batch that is cut where it is told."""
+
+    x: torch.Tensor
+
+
 def product(params, batch):
     return params["a"] * batch.x
 
@@ -34,6 +40,7 @@ def sizes(verb):
         seen.append(batch.x.shape[0])
         return product(params, batch)
 
+    fn.separable = True
     verb(fn)
     return seen
 
@@ -85,3 +92,44 @@ def test_lanes_make_the_default_block_smaller():
 def test_batches_of_the_package_divide_and_identify_themselves():
     assert isinstance(cases.batch(), Cuttable) and isinstance(cases.batch(), Identified)
     assert not isinstance(torch.zeros(2), Cuttable) and not isinstance({}, Identified)
+
+
+def unseparable(params, batch):
+    """A loss that divides by its number of rows, which differs from block to block."""
+    return params["a"] * batch.x / len(batch.x)
+
+
+def of_its_group(params, batch):
+    """A loss that subtracts the mean of neighbours, two by two."""
+    value = params["a"] * batch.x**2
+    return value - value.view(-1, 2).mean(1).repeat_interleave(2) if len(value) % 2 == 0 else value
+
+
+def summed(params, batch):
+    return (params["a"] * batch.x).sum()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("fn", [unseparable, of_its_group, summed], ids=lambda fn: fn.__name__)
+def test_a_function_whose_rows_depend_on_each_other_is_refused_in_blocks(verb, fn):
+    batch = Forwards(torch.arange(1.0, 9.0))
+    complaint = "one entry a row" if fn is summed else "rows do not depend on each other"
+    for rows in (1, 4):
+        with pytest.raises(ValueError, match=f"{fn.__name__}: .*{complaint}"):
+            VERBS[verb](fn, batch, rows=rows)
+    if fn is not summed:
+        VERBS[verb](fn, batch, rows="all")
+    VERBS[verb](product, batch, rows=1)
+
+
+def test_rows_differentiated_one_by_one_are_checked_in_one_block_too():
+    with pytest.raises(ValueError, match="rows do not depend on each other"):
+        fp.row_gradients(unseparable, PARAMS, Forwards(torch.arange(1.0, 9.0)), rows="all")
+
+
+def test_scorers_and_their_losses_are_taken_at_their_word():
+    case = cases.case("llama")
+    score = fp.scorer(case.model, case.base)
+    assert score.separable and fp.objective(score, "grpo").separable
+    read = fp.scorer(case.model, case.base, readout=lambda logits, target: logits[:, 0])
+    assert not read.separable

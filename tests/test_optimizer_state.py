@@ -166,12 +166,12 @@ def test_steps_may_be_integers_and_moments_bfloat16(run):
     ],
 )
 def test_names_that_do_not_fit_are_refused(saved, names, words):
-    refused(saved.path, *words, "Pass names=", names=names(sum(halves(saved.module), [])))
+    refused(saved.path, *words, "pass names=", names=names(sum(halves(saved.module), [])))
 
 
 def test_groups_of_another_rule_are_refused(folder):
     run = train(folder, lambda module: [trained(module)[:5], trained(module)[5:]])
-    refused(folder, "found groups of [5, 8]", "8 with decay and 5 without", "Pass names=")
+    refused(folder, "found groups of [5, 8]", "8 with decay and 5 without", "pass names=")
     assert_loaded(load_checkpoint(folder, names=trained(run.module)), run)
 
 
@@ -186,7 +186,7 @@ def test_another_models_optimizer_is_refused(run):
         state["state"] = {i: entries[len(entries) - 1 - i] for i in entries}
 
     edit(run.path, reversed_shapes)
-    message = refused(run.path, "other shapes: ", "[2, 16]", "...", "Pass names=")
+    message = refused(run.path, "other shapes: ", "[2, 16]", "...", "pass names=")
     named = message.partition("other shapes: ")[2].partition(", ...;")[0].split(", base")
     assert len(named) == 5 and named[1:] == sorted(named[1:])
 

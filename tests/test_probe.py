@@ -182,7 +182,9 @@ def test_the_probe_works_per_sequence_and_with_top_p(checkpoint, small):
     sampling = fp.Sampling(0.8, 0.9)
     tuned = dataclasses.replace(checkpoint, sampling=sampling)
     drawn = fp.rollout(tuned, ["3+4=", "8+8+1="], samples=6, max_new_tokens=24, seed=0)
-    result = fp.probe(tuned, small[0], drawn, [0.0, 1e-5], recipe="reinforce", per="sequence")
+    update = fp.rollout(tuned, ["3+4=", "8+1="], samples=6, max_new_tokens=24, seed=1)
+    update = update._replace(reward=torch.arange(12.0, dtype=torch.float64))
+    result = fp.probe(tuned, update, drawn, [0.0, 1e-5], recipe="reinforce", per="sequence")
     assert result.about.checkpoint.sampling == sampling
     assert "nats/sequence" in str(result)
     assert not result.flags

@@ -169,7 +169,7 @@ def _direct(
         return _in_turns(at, deltas, _even(lanes, block) if padded else lanes, before)[1]
 
     lanes = options.lanes or _balanced(deltas.count + before)
-    run = blockwise(of_block, batch, options.rows, lanes=lanes)
+    run = blockwise(of_block, batch, options.rows, of=(fn, params), lanes=lanes)
     values = merge(run.results, run.order, dim=1)
     if base is None:
         base = tree_map(lambda x: x[0].clone(), values)
@@ -188,7 +188,7 @@ def _increments(
         return Changes(fixed, change, tuple(at.fallbacks))
 
     lanes = options.lanes or _balanced(deltas.count)
-    run = blockwise(of_block, batch, options.rows, lanes=lanes)
+    run = blockwise(of_block, batch, options.rows, of=(fn, params), lanes=lanes)
     if base is None:
         base = merge([result.base for result in run.results], run.order)
     change = merge([result.change for result in run.results], run.order, dim=1)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import REVERSE, RowFn, RowsPerBlock, blockwise, cut, fitting
+from .blocks import REVERSE, RowFn, RowsPerBlock, blockwise, check_separable, checked, cut, fitting
 from .precision import exact
 from .tree import Params, check_direction, leaves, merge, size, tree_map
 
@@ -26,7 +26,8 @@ def gradient(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock = None
         A tensor for each parameter, of its shape.
 
     Raises:
-        ValueError: the batch has no rows, or the gradient is not finite.
+        ValueError: the batch has no rows, the gradient is not finite, or there are several blocks
+            and rows depend on each other.
 
     >>> cube = lambda p, x: x * p["a"] ** 3
     >>> gradient(cube, {"a": torch.tensor(2.0)}, torch.tensor([1.0, 3.0]))
@@ -35,7 +36,7 @@ def gradient(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock = None
     _check_rows("gradient", batch)
     total: Params = {}
     with torch.no_grad(), exact():
-        for part in cut(batch, rows, REVERSE)[0]:
+        for part in checked(cut(batch, rows, REVERSE)[0], fn, params):
             for grads in fitting(lambda block, _: _gradient(fn, params, block), part)[0]:
                 total = tree_map(torch.add, total, grads) if total else grads
     check_direction("gradient", total, params)
@@ -56,7 +57,7 @@ def row_gradients(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock =
         A tensor for each parameter, of its shape behind a leading N.
 
     Raises:
-        ValueError: the batch has no rows, or a gradient is not finite.
+        ValueError: the batch has no rows, a gradient is not finite, or rows depend on each other.
     """
 
     def of_row(row: Any) -> Params:
@@ -65,11 +66,12 @@ def row_gradients(fn: RowFn, params: Params, batch: Any, *, rows: RowsPerBlock =
     def of_rows(block: Any, _: int) -> Params:
         if size(block) == 1:
             return tree_map(lambda g: g.unsqueeze(0), _gradient(fn, params, block))
+        check_separable(fn, params, block)
         return torch.func.vmap(of_row)(block)
 
     _check_rows("row_gradients", batch)
     with torch.no_grad(), exact():
-        parts = blockwise(of_rows, batch, rows, reverse=True)
+        parts = blockwise(of_rows, batch, rows, of=(fn, params), reverse=True)
     out = merge(parts.results, parts.order)
     expected = {name: p.expand(len(out[name]), *p.shape) for name, p in params.items()}
     check_direction("row_gradients", out, expected)

@@ -1,10 +1,11 @@
 """What moves a function of parameters: covectors of its output pulled back to the parameters."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .blocks import Cuttable, RowFn, RowsPerBlock
+from .blocks import Cuttable, RowFn, RowsPerBlock, is_separable
 from .gradients import gradient
 from .tree import (
     Params,
@@ -52,7 +53,7 @@ def pullback(
     """
     _check_cotangent(cotangent, size(batch))
     pair = (_CuttablePair if isinstance(batch, Cuttable) else _Pair)(batch, cotangent)
-    return gradient(lambda p, block: _weighed(fn, p, block), params, pair, rows=rows)
+    return gradient(_Weighed(fn), params, pair, rows=rows)
 
 
 class _Pair(NamedTuple):
@@ -75,6 +76,22 @@ class _CuttablePair(NamedTuple):
         cotangents = [tree_map(lambda leaf, i=i: leaf[i], self.cotangent) for i in rows]
         pairs = zip(blocks, cotangents, strict=True)
         return [_CuttablePair(*pair) for pair in pairs], order
+
+
+@dataclass(frozen=True)
+class _Weighed:
+    """The products of a function's output and the cotangent."""
+
+    fn: RowFn
+
+    @property
+    def separable(self) -> bool:
+        """Whether the function says that its rows do not depend on each other."""
+        return is_separable(self.fn)
+
+    def __call__(self, params: Params, pair: _Pair | _CuttablePair) -> list[Tensor]:
+        """The products on the rows of `pair`, with leading N."""
+        return _weighed(self.fn, params, pair)
 
 
 def _weighed(fn: RowFn, params: Params, pair: _Pair | _CuttablePair) -> list[Tensor]:

@@ -12,7 +12,7 @@ from .changes import Changes, Deltas, Options, Rules, changes, compute_changes, 
 from .interpolation import EVALUATED, check_nodes, first_nodes, interpolate
 from .results import Sweep, join
 from .taylor import taylor
-from .tree import Params, Tree, all_concrete, check_direction, concatenate, size, tree_map
+from .tree import Params, Tree, all_concrete, check_direction, concatenate, norm, size, tree_map
 
 __all__ = ["Sweep", "changes", "join", "sweep", "sweep_blocks"]
 
@@ -130,7 +130,24 @@ def _line(
     if len(etas) == 0 or not etas.isfinite().all():
         raise ValueError(f"sweep: one or more finite etas were expected, not {etas.tolist()[:5]}.")
     check_nodes("sweep", nodes, tol)
+    _check_underflow(v, params, etas)
     return _Line(fn, params, v, etas, _along(v, params, etas), options, nodes, tol)
+
+
+def _check_underflow(v: Params, params: Params, etas: Tensor) -> None:
+    """Refuses learning rates at which the changes of the parameters lose their digits."""
+    if not (all_concrete(v) and etas.any()):
+        return
+    count = sum(d.numel() for d in v.values())
+    size = float(norm(v)) / max(count, 1) ** 0.5  # of an entry, root mean square
+    tiny = max(torch.finfo(params[name].dtype).tiny for name in v)
+    smallest = float(etas[etas != 0].abs().min())
+    if 0 < size * smallest < tiny:
+        raise ValueError(
+            f"sweep: eta = {smallest:.3g} moves the parameters by {size * smallest:.2g}, less than "
+            f"the smallest normal number of their dtype, {tiny:.2g}: the change underflows. Use 0, "
+            f"or eta of at least {tiny / size:.1e}."
+        )
 
 
 def _swept(line: _Line, batch: Any) -> Sweep:

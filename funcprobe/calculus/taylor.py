@@ -54,7 +54,12 @@ def taylor(
     v = {name: v[name].to(p) for name, p in params.items()}
     keep_pages()
     with torch.no_grad(), exact():
-        run = blockwise(lambda block, _: _derivatives(fn, params, v, block, order), batch, rows)
+        run = blockwise(
+            lambda block, _: _derivatives(fn, params, v, block, order),
+            batch,
+            rows,
+            of=(fn, params),
+        )
     terms = tuple(merge(term, run.order) for term in zip(*run.results, strict=True))
     for term in terms:
         check_nan("taylor", fn, term)

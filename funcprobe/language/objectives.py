@@ -96,6 +96,11 @@ class _Loss:
     score: Score
     recipe: Recipe
 
+    @property
+    def separable(self) -> bool:
+        """Whether the rows are known not to depend on each other, as the scorer's are."""
+        return getattr(self.score, "separable", False)
+
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """The loss of each response token, [N, R]."""
         _check_prepared(batch)
@@ -119,21 +124,43 @@ def _advantage(batch: Batch, recipe: Recipe) -> Tensor:
     if brought and not torch.allclose(batch.advantage, made, rtol=1e-6, atol=1e-9):
         raise ValueError(
             "prepare: the batch brings advantages that differ from those the recipe makes of its "
-            "rewards. Use a recipe with baseline='given' to keep them, or clear them: "
-            "batch._replace(advantage=torch.full_like(batch.advantage, torch.nan))."
+            "rewards. Leave one of the two out, or in Python, keep the advantages by a recipe with "
+            "baseline='given'."
         )
     return made
+
+
+def clipped(logp: Tensor, batch: Batch, recipe: str | Recipe) -> Tensor:
+    """The response tokens whose surrogate is clipped, so that it has no gradient, [N, R] bool.
+
+    Args:
+        logp: [N, R] nats at the parameters in question.
+        batch: a prepared batch.
+        recipe: the one it was prepared with.
+    """
+    recipe = as_recipe(recipe)
+    if recipe.ratio == "none":
+        return torch.zeros_like(batch.response)
+    ratio, advantage = _log_ratio(recipe, logp, batch).exp(), batch.advantage.unsqueeze(-1)
+    above = (ratio > 1 + recipe.clip_high) & (advantage > 0)
+    below = (ratio < 1 - recipe.clip_low) & (advantage < 0)
+    return (above | below) & batch.response
+
+
+def _log_ratio(recipe: Recipe, logp: Tensor, batch: Batch) -> Tensor:
+    """The log of the ratio that each token's loss has, [N, R]."""
+    log_ratio = logp - torch.where(batch.response, batch.old_logp.to(logp.dtype), 0.0)
+    if recipe.ratio == "sequence":
+        # Every token carries the loss of its whole sequence, and the weights divide it among them.
+        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(logp)
+    return log_ratio
 
 
 def _surrogate(recipe: Recipe, logp: Tensor, advantage: Tensor, batch: Batch) -> Tensor:
     """``-min(r A, clip(r) A)`` of each token, [N, R]; ``-A logp`` without a ratio."""
     if recipe.ratio == "none":
         return -advantage * logp
-    log_ratio = logp - torch.where(batch.response, batch.old_logp.to(logp.dtype), 0.0)
-    if recipe.ratio == "sequence":
-        # Every token carries the loss of its whole sequence, and the weights divide it among them.
-        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(logp)
-    ratio = log_ratio.exp()
+    ratio = _log_ratio(recipe, logp, batch).exp()
     clipped = ratio.clamp(1 - recipe.clip_low, 1 + recipe.clip_high)
     return -torch.minimum(ratio * advantage, clipped * advantage)
 

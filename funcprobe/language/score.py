@@ -123,6 +123,11 @@ class _Scorer:
         return f"scorer({getattr(readout, '__name__', readout)}, {self.sampling})"
 
     @property
+    def separable(self) -> bool:
+        """Whether the rows are known not to depend on each other; a readout could make them."""
+        return self.readout is None
+
+    @property
     def nan_means(self) -> str:
         """What a nan in the scores, or in a change or derivative of them, means."""
         return (

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from ..language.batch import Batch, collate
 from ..language.sampling import Sampling
 from ..runtime.files import write_atomically
+from .lines import Record, read_lines, read_rows
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or chat messages
 Tokenizer = PreTrainedTokenizerBase | None
-Record = dict[str, Any]  # what a line holds
 Read = TypeVar("Read")
 
 # Settings of other samplers, at the values at which they change no probability.
@@ -70,11 +71,13 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
         ValueError: there are no rows, a line is malformed (its line or its row is named), a text
             comes without a tokenizer, or only some lines have a field.
     """
-    records = _records("read_batch", path)
+    records = read_rows("read_batch", path)
+    group, reward, advantage, logp = (
+        _field(path, records, name) for name in ("group", "reward", "advantage", "old_logp")
+    )
     prompts = [_prompt(path, i, record, tokenizer) for i, record in enumerate(records)]
     completions = [_completion(path, i, record, tokenizer) for i, record in enumerate(records)]
-    group, logp = _groups(path, records), _logps(path, records)
-    reward, advantage = (_floats(path, records, name) for name in ("reward", "advantage"))
+    widest = max(map(len, completions))
     pad = getattr(tokenizer, "pad_token_id", None)
     try:
         return collate(
@@ -84,10 +87,10 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
             group=group,
             reward=reward,
             advantage=advantage,
-            old_logp=logp,
+            old_logp=logp and [[math.nan] * widest if row is None else row for row in logp],
         )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"read_batch: {path}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"read_batch: {path}: {str(error).removeprefix('collate: ')}") from error
 
 
 def read_sampling(path: str | Path) -> Sampling | None:
@@ -136,7 +139,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
 
 def _one(reader: str, path: str | Path, read: Callable[[Any], Read]) -> Read:
     """What `read` makes of the lines' sampling settings, which must be the same of each."""
-    texts = {json.dumps(r.get("sampling"), sort_keys=True) for r in _records(reader, path)}
+    texts = {json.dumps(r.get("sampling"), sort_keys=True) for r in read_lines(reader, path)}
     try:
         values = {read(json.loads(text)) for text in texts}
     except ValueError as error:
@@ -205,59 +208,63 @@ def _record(batch: Batch, i: int, known: set[str], tokenizer: Tokenizer) -> Reco
     return record
 
 
-def _records(reader: str, path: str | Path) -> list[Record]:
-    """The lines' objects. Errors name the function `reader`, which asks for them."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{reader}: {path} is not a text file of JSON lines: {error}") from error
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{reader}: {path} holds no rows. JSON objects were expected, one a line.")
-    return [_parse(f"{reader}: {path}, line {n}", line) for n, line in lines]
-
-
-def _parse(where: str, line: str) -> Record:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object was expected, but a {type(record).__name__} arrived.")
-    return record
-
-
 def _prompt(path: str | Path, row: int, record: Record, tokenizer: Tokenizer) -> list[int]:
     ids, prompt = record.get("prompt_ids"), record.get("prompt")
     if ids is not None:
-        return _ids(path, row, "prompt_ids", ids)
+        return list(ids)
     if prompt is None:
         raise ValueError(
             f"read_batch: {path}, row {row} has neither prompt_ids nor prompt. Write one of them."
         )
-    try:
+    with _named(path, row, "prompt", prompt, tokenizer):
         return encode_prompt(prompt, tokenizer)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"read_batch: {path}, row {row}: {error}") from error
 
 
 def _completion(path: str | Path, row: int, record: Record, tokenizer: Tokenizer) -> list[int]:
-    ids = record.get("completion_ids")
+    ids, text = record.get("completion_ids"), record.get("completion")
     if ids is not None:
-        return _ids(path, row, "completion_ids", ids)
-    if record.get("completion") is None or tokenizer is None:
+        return list(ids)
+    if text is None or tokenizer is None:
         raise ValueError(
             f"read_batch: {path}, row {row} needs completion_ids, or completion and a tokenizer. "
             "Write the ids, or pass the tokenizer."
         )
-    ids = tokenizer(record["completion"], add_special_tokens=False).input_ids
+    with _named(path, row, "completion", text, tokenizer):
+        ids = tokenizer(text, add_special_tokens=False).input_ids
     return list(ids) + ([] if record.get("truncated") else [tokenizer.eos_token_id])
 
 
-def _ids(path: str | Path, row: int, name: str, ids: Any) -> list[int]:
-    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
-        raise ValueError(f"read_batch: {path}, row {row}: {name} must be a list of integers.")
-    return ids
+@contextmanager
+def _named(
+    path: str | Path, row: int, name: str, value: Any, tokenizer: Tokenizer
+) -> Iterator[None]:
+    """Says which row's text a tokenizer or a chat template refused, and why if that is seen."""
+    where = f"read_batch: {path}, row {row}"
+    try:
+        yield
+    except Exception as error:  # a tokenizer's own exception has no other type
+        if tokenizer is None:
+            raise ValueError(f"{where}: {error}") from error
+        reason = " ".join(str(error).split())[:200]
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{where}: the tokenizer's chat template does not take these messages: {reason}. "
+                f"Write {name}_ids, or a {name} that it takes."
+            ) from error
+        lacking = next((char for char in value if not _encodes(tokenizer, char)), None)
+        cause = f"it lacks the character {lacking!r}" if lacking else "it refuses the text"
+        raise ValueError(
+            f"{where}: the tokenizer cannot encode the {name} {value[:60]!r}: {cause} ({reason}). "
+            f"Write {name}_ids, or a text of the model's own characters."
+        ) from error
+
+
+def _encodes(tokenizer: PreTrainedTokenizerBase, char: str) -> bool:
+    try:
+        tokenizer(char, add_special_tokens=False)
+    except Exception:
+        return False
+    return True
 
 
 def _field(path: str | Path, records: Sequence[Record], name: str) -> list[Any] | None:
@@ -272,22 +279,3 @@ def _field(path: str | Path, records: Sequence[Record], name: str) -> list[Any] 
             "lacks it. Write null where it is unknown."
         )
     return [record[name] for record in records]
-
-
-def _groups(path: str | Path, records: Sequence[Record]) -> list[int] | None:
-    groups = _field(path, records, "group")
-    for row, group in enumerate(groups or []):
-        if type(group) is not int:
-            raise ValueError(f"read_batch: {path}, row {row}: group must be an integer.")
-    return groups
-
-
-def _floats(path: str | Path, records: Sequence[Record], name: str) -> list[float] | None:
-    values = _field(path, records, name)
-    return values and [math.nan if value is None else value for value in values]
-
-
-def _logps(path: str | Path, records: Sequence[Record]) -> list[list[float]] | None:
-    values = _field(path, records, "old_logp")
-    longest = max(len(record.get("completion_ids") or []) for record in records)
-    return values and [[math.nan] * longest if logp is None else logp for logp in values]

@@ -1,16 +1,29 @@
 """Doubts about a probe's results that only the probe itself can see, and what to do about them."""
 
+from collections import Counter
+
+import torch
+
 from ..calculus.results import Sweep
-from ..language.recipes import as_recipe
+from ..calculus.tree import norm
+from ..language.batch import Batch
+from ..language.model.split import Model
+from ..language.objectives import clipped
+from ..language.recipes import Recipe, as_recipe
 from ..statistics.doubts import another_policy
 from ..statistics.policy_test import PolicyTest
 from ..statistics.results import Estimate
 from ..statistics.rounding import Rounding
-from .setup import Setup
+from .checks import positions, rows_beyond
+from .setup import Plan, Setup
+
+# How far a log-probability recorded in bfloat16 strays from the policy's own, in nats a token.
+ENGINE_NATS = 0.05
 
 
 def probe_doubts(
     setup: Setup,
+    plan: Plan,
     swept: Sweep,
     rounded: Rounding | None,
     change: Estimate,
@@ -23,6 +36,13 @@ def probe_doubts(
         _out_of_memory(swept),
         _without_rule(swept),
         _guessed_divisor(setup),
+        _no_gradient(plan, as_recipe(setup.settings.recipe)),
+        _mixed_groups(plan, as_recipe(setup.settings.recipe)),
+        _uneven_groups(plan.update),
+        _update_from_elsewhere(plan, as_recipe(setup.settings.recipe)),
+        _shared_rows(plan.update, setup.evaluation, swept),
+        _extrapolated("U", plan.update, setup.checkpoint.model),
+        _extrapolated("E", setup.evaluation, setup.checkpoint.model),
     ]
     return [reason for reason in reasons if reason]
 
@@ -30,7 +50,7 @@ def probe_doubts(
 def _recorded_otherwise(setup: Setup, swept: Sweep) -> str:
     evaluation = setup.evaluation
     off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
-    if setup.settings.off_policy or not (off > 0.05).any():
+    if setup.settings.off_policy or not (off > ENGINE_NATS).any():
         return ""
     return (
         f"E's recorded log-probabilities differ from the checkpoint's by up to "
@@ -45,7 +65,7 @@ def _below_rounding(swept: Sweep, rounded: Rounding | None) -> str:
         return ""
     return (
         f"rounding drowns the change below eta = {rounded.floor:.2g}. Use change='increment' "
-        "in full precision, or load the checkpoint in float64."
+        "in full precision, or load the checkpoint with dtype=torch.float64."
     )
 
 
@@ -63,7 +83,8 @@ def _without_rule(swept: Sweep) -> str:
         return ""
     return (
         f"there is no increment rule for {', '.join(swept.fallbacks)}: values were subtracted "
-        "there, with rounding. Call sweep with rules= for them, or load the checkpoint in float64."
+        "there, with rounding. Load the checkpoint with dtype=torch.float64, or in Python, call "
+        "sweep with rules= for them."
     )
 
 
@@ -75,4 +96,122 @@ def _guessed_divisor(setup: Setup) -> str:
         f"U's longest response, {setup.divisor} tokens, was taken as the constant that the loss is "
         "divided by. The saved moments are in the run's own unit: pass max_length=, its longest "
         "allowed completion."
+    )
+
+
+def _no_gradient(plan: Plan, recipe: Recipe) -> str:
+    """Whether v is nothing but what the optimizer remembers."""
+    update, gradient = plan.update, float(norm(plan.grads))
+    largest = float(update.reward.abs().nan_to_num(0.0).max())
+    # A mean of equal rewards is off by a rounding error.
+    blank = bool((update.advantage.abs() <= 1e-12 * max(largest, 1.0)).all())
+    if gradient and not blank:
+        return ""
+    cause = "every token's ratio is clipped, or the loss does not reach a parameter"
+    if blank:
+        cause = (
+            "all advantages are 0, since no group has responses with different rewards"
+            if recipe.baseline in ("mean", "loo")
+            else "all advantages are 0"
+        )
+    rest = " but for that of the KL penalty" if gradient and recipe.beta else ""
+    return (
+        f"U causes no gradient{rest}: {cause}. The update is the optimizer's momentum and weight "
+        "decay alone, and the change is theirs. Give U groups whose rewards differ, in complete "
+        "groups."
+    )
+
+
+def _mixed_groups(plan: Plan, recipe: Recipe) -> str:
+    """Whether rewards are compared across prompts."""
+    if recipe.baseline not in ("mean", "loo") and recipe.scale != "group":
+        return ""
+    pairs = set(zip(plan.update.group.tolist(), _prompts(plan.update), strict=True))
+    mixed = [group for group, n in Counter(group for group, _ in pairs).items() if n > 1]
+    if not mixed:
+        return ""
+    return (
+        f"{len(mixed)} groups of U hold different prompts, the first is group {min(mixed)}: their "
+        "rewards were compared across prompts. Give every prompt a group of its own, or leave "
+        "group out of U's lines, where equal prompts share one."
+    )
+
+
+def _uneven_groups(update: Batch) -> str:
+    """Whether rows of U seem to be missing: most groups have one size, and others another."""
+    groups, counts = update.group.unique(return_counts=True)
+    sizes, often = counts.unique(return_counts=True)
+    usual = int(sizes[often == often.max()].max())
+    odd = groups[counts != usual]
+    if not len(odd) or 2 * len(odd) > len(groups):
+        return ""
+    first = int(odd[0])
+    return (
+        f"{len(odd)} of U's {len(groups)} groups do not have the usual {usual} rows; group {first} "
+        f"has {int((update.group == first).sum())}. Likely rows of U are missing, or groups were "
+        "merged: the run's own step had another baseline and another mean. Give U whole."
+    )
+
+
+def _update_from_elsewhere(plan: Plan, recipe: Recipe) -> str:
+    """Whether U was sampled from a policy that is not the checkpoint's."""
+    update = plan.update
+    impossible = update.response & plan.logp.isneginf()
+    if impossible.any():
+        return (
+            f"{int(impossible.sum())} tokens of U have probability 0 under the sampling settings: "
+            "U was sampled under others, or from another model, and their loss has no gradient. "
+            "Sample U from this checkpoint under its settings."
+        )
+    off = float((plan.logp - update.old_logp).abs()[update.response].mean())
+    if not off > ENGINE_NATS:
+        return ""
+    share = float(clipped(plan.logp, update, recipe)[update.response].double().mean())
+    clips = "" if recipe.ratio == "none" else f", {share:.0%} of its tokens are clipped"
+    return (
+        f"U's recorded log-probabilities differ from the checkpoint's by {off:.2g} nats a token on "
+        f"average{clips}: U was sampled from another policy, such as one some steps before, or "
+        "under other sampling settings. If the run's own step was on policy, sample U from this "
+        "checkpoint, or leave old_logp out."
+    )
+
+
+def _shared_rows(update: Batch, evaluation: Batch, swept: Sweep) -> str:
+    """Whether E holds rows of U, more than two samples of one policy would share by chance."""
+    here, other = evaluation.row_hashes(), update.row_hashes()
+    shared = torch.isin(here, other)
+    # A response of probability p is in n draws at its prompt with probability 1 - (1 - p)^n. Only
+    # responses that are unlikely to recur tell anything.
+    prompts = Counter(_prompts(update))
+    draws = torch.tensor([float(prompts[prompt]) for prompt in _prompts(evaluation)])
+    logp = torch.where(evaluation.response, swept.base.logp.double(), 0.0).sum(1)
+    chance = -torch.expm1(draws * torch.log1p(-logp.exp().clamp(max=1.0)))
+    telling = chance < 0.1
+    expected = float(chance[telling].sum())
+    same = torch.equal(here.sort().values, other.sort().values)
+    if not same and int((shared & telling).sum()) <= 2 + 3 * expected:
+        return ""
+    return (
+        f"{int(shared.sum())} of E's {evaluation.n} rows stand in U too: the step is judged on "
+        "rows that it was made from, which it changes more than others. Sample E anew, apart from "
+        "U."
+    )
+
+
+def _prompts(batch: Batch) -> list[tuple[int, ...]]:
+    """The prompt of each row, as token ids."""
+    lengths = (batch.position[:, 0] + 1).tolist()
+    return [tuple(row[:n].tolist()) for row, n in zip(batch.tokens, lengths, strict=True)]
+
+
+def _extrapolated(name: str, batch: Batch, model: Model) -> str:
+    """Whether rows are longer than the model was made for."""
+    longer = rows_beyond(batch, model)
+    if not len(longer):
+        return ""
+    row = int(longer[0])
+    return (
+        f"{len(longer)} rows of {name} are longer than the {positions(model)} positions that the "
+        f"model was made for; row {row} has {int(batch.attention[row].sum())} tokens. The model "
+        "extrapolates there, and other software may do it otherwise. Use shorter rows."
     )

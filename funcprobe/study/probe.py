@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,12 +12,12 @@ from torch import Tensor
 from ..calculus import precision
 from ..calculus.blocks import evaluate
 from ..calculus.gradients import gradient
-from ..calculus.interpolation import FIRST, check_nodes
+from ..calculus.interpolation import FIRST
 from ..calculus.line import sweep
 from ..calculus.results import Sweep, join
-from ..calculus.step import Affine, adamw, direction
+from ..calculus.step import adamw, direction
 from ..calculus.taylor import taylor
-from ..calculus.tree import Params, Terms, norm
+from ..calculus.tree import Terms, norm
 from ..language.batch import Batch, lengths
 from ..language.objectives import objective, prepare
 from ..language.recipes import Recipe
@@ -38,10 +37,11 @@ from .about import (
     WeightsUnchanged,
     versions,
 )
+from .checks import check_arguments, check_inputs, check_settings
 from .doubts import probe_doubts
 from .report import Report
 from .roundoff import Recomputed, noise, recompute_sample
-from .setup import Settings, Setup, prepared, read_inputs
+from .setup import Plan, Settings, Setup, prepared, read_inputs
 
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
@@ -116,7 +116,6 @@ def probe(
     Raises:
         ValueError: the batches, rates or state do not fit; see the functions composed.
     """
-    check_nodes("probe", nodes, tol)
     settings = Settings(
         recipe=recipe,
         weights=weights,
@@ -133,7 +132,10 @@ def probe(
         group=group,
         progress=progress,
     )
+    check_settings(settings)
+    check_arguments(checkpoint, update, evaluation)
     inputs = read_inputs(checkpoint, update, evaluation, group, update_sampling)
+    check_inputs(inputs)
     clock = _Clock()
     setup = prepared(inputs, settings)
     clock.lap("checksum")
@@ -150,16 +152,6 @@ def probe(
     return _summarise(setup, plan, swept, terms, sample, clock)
 
 
-class _Plan(NamedTuple):
-    """The update that U causes."""
-
-    update: Batch  # U, prepared
-    grads: Params
-    step: Affine
-    v: Params
-    etas: Tensor  # [K] float64
-
-
 class _Clock:
     """Seconds from each lap to the next, by name."""
 
@@ -174,10 +166,11 @@ class _Clock:
         self._last = now
 
 
-def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
+def _plan_update(setup: Setup, etas: Etas | None) -> Plan:
     """The step that U causes from the saved state, as a direction, and the learning rates."""
     recipe, params, stream = setup.settings.recipe, setup.checkpoint.params, setup.stream
-    update = prepare(_with_old_logp(setup), recipe, max_length=setup.divisor)
+    logp = _scored_update(setup)
+    update = prepare(_with_old_logp(setup.update, logp), recipe, max_length=setup.divisor)
     loss = objective(setup.loss_score, recipe)
     blocks, _ = stream.cut(update, reverse=True)
     total = stream.total(
@@ -193,8 +186,9 @@ def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
         etas = [lr * multiple for multiple in MULTIPLES]
     elif callable(etas):
         etas = etas(lr)
-    return _Plan(
+    return Plan(
         update=update,
+        logp=logp,
         grads=grads,
         step=step,
         v=direction(step, grads),
@@ -202,23 +196,23 @@ def _plan_update(setup: Setup, etas: Etas | None) -> _Plan:
     )
 
 
-def _with_old_logp(setup: Setup) -> Batch:
-    """U with log-probabilities at the checkpoint where none are recorded."""
-    update, stream, score = setup.update, setup.stream, setup.loss_score
-    unknown = update.old_logp.isnan()
-    if not (unknown & update.response).any():
-        return update
-    blocks, order = stream.cut(update)
-    scores = stream.map(
+def _scored_update(setup: Setup) -> Tensor:
+    """The log-probability of U's tokens at the checkpoint, [N, R] float64."""
+    blocks, order = setup.stream.cut(setup.update)
+    scores = setup.stream.map(
         "log-probabilities of U",
-        lambda block: evaluate(score, setup.checkpoint.params, block, rows="all"),
+        lambda block: evaluate(setup.loss_score, setup.checkpoint.params, block, rows="all"),
         blocks,
     )
-    here = join(scores, order).logp.double()
-    return update._replace(old_logp=torch.where(unknown, here, update.old_logp))
+    return join(scores, order).logp.double()
 
 
-def _sweep(setup: Setup, plan: _Plan) -> Sweep | None:
+def _with_old_logp(update: Batch, logp: Tensor) -> Batch:
+    """U with its log-probabilities at the checkpoint where none are recorded."""
+    return update._replace(old_logp=torch.where(update.old_logp.isnan(), logp, update.old_logp))
+
+
+def _sweep(setup: Setup, plan: Plan) -> Sweep | None:
     """E's scores at every learning rate; None on ranks other than 0."""
     settings, params = setup.settings, setup.checkpoint.params
     # Blocks get no more lanes than there are points: every eta, and the base where values are
@@ -249,7 +243,7 @@ def _sweep(setup: Setup, plan: _Plan) -> Sweep | None:
     return join(parts, order) if parts else None
 
 
-def _slope(setup: Setup, plan: _Plan) -> Terms | None:
+def _slope(setup: Setup, plan: Plan) -> Terms | None:
     """E's scores and their derivatives along v; None on ranks other than 0."""
     params = setup.checkpoint.params
     blocks, order = setup.stream.cut(setup.evaluation)
@@ -263,7 +257,7 @@ def _slope(setup: Setup, plan: _Plan) -> Terms | None:
     return join(parts, order) if parts else None
 
 
-def _roundoff(setup: Setup, plan: _Plan) -> Recomputed | None:
+def _roundoff(setup: Setup, plan: Plan) -> Recomputed | None:
     """A sample of the changes on E, computed in another way."""
     return recompute_sample(
         setup.stream,
@@ -278,7 +272,7 @@ def _roundoff(setup: Setup, plan: _Plan) -> Recomputed | None:
 
 def _summarise(
     setup: Setup,
-    plan: _Plan,
+    plan: Plan,
     swept: Sweep,
     terms: Terms,
     sample: Recomputed | None,
@@ -305,7 +299,7 @@ def _summarise(
         lr=float(plan.step.lr),
         rounding=rounded,
         about=_about(setup, plan, swept, after, clock.seconds),
-        flags=(*doubts(change, series), *probe_doubts(setup, swept, rounded, change, policy)),
+        flags=(*doubts(change, series), *probe_doubts(setup, plan, swept, rounded, change, policy)),
         policy=policy,
         arrays={
             "base.logp": swept.base.logp,
@@ -321,7 +315,7 @@ def _summarise(
     )
 
 
-def _about(setup: Setup, plan: _Plan, swept: Sweep, after: str, seconds: dict[str, float]) -> About:
+def _about(setup: Setup, plan: Plan, swept: Sweep, after: str, seconds: dict[str, float]) -> About:
     checkpoint, settings = setup.checkpoint, setup.settings
     with precision.exact():
         effective = precision.settings()

@@ -4,11 +4,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..calculus.blocks import REVERSE, RowFn
+from ..calculus.step import Affine
+from ..calculus.tree import Params
 from ..language.batch import Batch, trim
 from ..language.recipes import Recipe
 from ..language.sampling import Sampling
 from ..language.score import scorer
+from ..rollouts.lines import read_rows
 from ..rollouts.records import read_batch, read_sampling, read_temperature
 from ..runtime.distributed import Group, agree, rank, share
 from ..runtime.memory import Room, room
@@ -70,6 +75,17 @@ class Setup(NamedTuple):
     sources: tuple[Source, ...]
 
 
+class Plan(NamedTuple):
+    """The update that U causes."""
+
+    update: Batch  # U, prepared
+    logp: Tensor  # [N, R] float64, of U's tokens at the checkpoint
+    grads: Params
+    step: Affine
+    v: Params
+    etas: Tensor  # [K] float64
+
+
 def read_inputs(
     checkpoint: Checkpoint | str | Path,
     update: Batch | str | Path,
@@ -83,12 +99,15 @@ def read_inputs(
     The loss is scored under `update_sampling`; if that is not given, under the temperature that a
     file of U's lines carries, or else under E's, without top-p, top-k and min-p.
     """
-    checkpoint, notes = as_checkpoint(checkpoint), []
     paths = {
         name: Path(given)
         for name, given in (("update", update), ("evaluation", evaluation))
         if isinstance(given, str | Path)
     }
+    if isinstance(checkpoint, str | Path):
+        for path in paths.values():
+            read_rows("read_batch", path)  # refuses bad lines before a model is loaded
+    checkpoint, notes = as_checkpoint(checkpoint), []
     if checkpoint.sampling == Sampling():
         sampling = read_sampling(paths["evaluation"]) if "evaluation" in paths else None
         checkpoint = replace(checkpoint, sampling=sampling or checkpoint.sampling)
@@ -118,12 +137,9 @@ def _loss_sampling(
 
 
 def prepared(inputs: Inputs, settings: Settings) -> Setup:
-    """Checks the batches, and decides in which blocks everything is computed."""
-    _check_positive(settings)
+    """Decides in which blocks everything is computed."""
     checkpoint, params, base = inputs.checkpoint, inputs.checkpoint.params, inputs.checkpoint.base
     update, evaluation = (trim(batch).to("cpu") for batch in (inputs.update, inputs.evaluation))
-    _check_tokens("U", update, checkpoint)
-    _check_tokens("E", evaluation, checkpoint)
     before = checksum(base | params)
     drawn, lost = asdict(checkpoint.sampling), asdict(inputs.loss_sampling)
     key = fingerprint(before, list(params), checkpoint.model, drawn, lost)
@@ -150,27 +166,6 @@ def prepared(inputs: Inputs, settings: Settings) -> Setup:
         notes=inputs.notes,
         sources=inputs.sources,
     )
-
-
-def _check_positive(settings: Settings) -> None:
-    """Refuses settings that count something and are below 1."""
-    for name in ("max_length", "tokens", "lanes"):
-        count = getattr(settings, name)
-        if count is not None and count < 1:
-            raise ValueError(
-                f"probe: {name} must be at least 1, not {count}. Leave it out for the default."
-            )
-
-
-def _check_tokens(name: str, batch: Batch, checkpoint: Checkpoint) -> None:
-    """Refuses a batch of another tokenizer before anything is computed."""
-    tokens, vocabulary = batch.tokens[batch.attention], checkpoint.model.vocabulary
-    if not 0 <= tokens.min() <= tokens.max() < vocabulary:
-        raise ValueError(
-            f"probe: token ids from 0 to {vocabulary - 1} were expected, {name} has "
-            f"{int(tokens.min())} to {int(tokens.max())}. It was tokenised for another model. "
-            "Tokenise it with the checkpoint's tokenizer."
-        )
 
 
 def _scorer(checkpoint: Checkpoint, sampling: Sampling) -> RowFn:

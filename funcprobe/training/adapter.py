@@ -1,6 +1,7 @@
 """A saved adapter put on its base model, which is not changed."""
 
 import copy
+import math
 import warnings
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ def load_adapter(
         warnings.simplefilter("ignore")  # _check_landed refuses what PEFT only warns of
         module = PeftModel.from_pretrained(base, str(folder), is_trainable=True, torch_device="cpu")
     _check_landed(module, weights, dtype)
+    _check_scaling(module, folder)
     return module, origin
 
 
@@ -112,6 +114,24 @@ def _check_landed(module: PeftModel, weights: Params, dtype: torch.dtype) -> Non
             f"parameters have none: {listed(bare)}",
             "adapter_config.json or the base model (its layers, its dtype) is not the run's",
             "Pass base_model=.",
+        )
+
+
+def _check_scaling(module: PeftModel, folder: Path) -> None:
+    """Refuses an adapter that is multiplied by 0, so that its update changes nothing."""
+    idle = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, BaseTunerLayer)
+        for scale in (getattr(part, "scaling", None) or {}).values()
+        if isinstance(scale, int | float) and not (scale and math.isfinite(scale))
+    ]
+    if idle:
+        raise refusal(
+            f"adapters with a finite scaling other than 0 were expected in {folder}, found "
+            f"{len(idle)} without: {listed(idle)}",
+            "lora_alpha in adapter_config.json is 0 or not a number, so they change nothing",
+            "Write the run's own lora_alpha.",
         )
 
 

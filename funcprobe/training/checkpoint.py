@@ -1,5 +1,6 @@
 """A checkpoint folder of the Hugging Face Trainer, or of TRL, as named pytrees."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,7 @@ def load_checkpoint(
             AdamW's, or do not fit the model or each other; or a module that `split` refuses.
     """
     folder, fresh = Path(path), optimizer == "fresh"
-    _check_options(dtype, optimizer, lr)
+    _check_options(dtype, optimizer, lr, max_grad_norm)
     saved = None if fresh else read_optimizer(folder)
     module, source = _load_module(folder, base_model, dtype)
     model, params, base = split(module if device is None else module.to(device), dtype=dtype)
@@ -126,7 +127,9 @@ def as_checkpoint(checkpoint: Loaded | str | Path) -> Loaded | Checkpoint:
     return load_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
 
 
-def _check_options(dtype: torch.dtype | None, optimizer: str, lr: float | None) -> None:
+def _check_options(
+    dtype: torch.dtype | None, optimizer: str, lr: float | None, max_grad_norm: float | None
+) -> None:
     if dtype not in (None, torch.float32, torch.float64):
         raise refusal(
             f"dtype float32, float64 or None was expected, not {dtype}",
@@ -138,6 +141,18 @@ def _check_options(dtype: torch.dtype | None, optimizer: str, lr: float | None) 
             f"optimizer='saved', or 'fresh' with lr=, was expected, not {optimizer!r} and lr={lr}",
             "the rate was left out",
             "Pass lr=, the rate you ask about.",
+        )
+    if lr is not None and not 0 < lr < math.inf:
+        raise refusal(
+            f"a positive and finite lr was expected, not {lr}",
+            "it was computed from a schedule that has ended",
+            "Pass lr=, the rate you ask about, or leave it out for the saved one.",
+        )
+    if max_grad_norm is not None and not 0 <= max_grad_norm < math.inf:
+        raise refusal(
+            f"a max_grad_norm of at least 0 was expected, not {max_grad_norm}",
+            "it was meant to turn clipping off",
+            "Pass max_grad_norm=0 for no clipping.",
         )
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .refusal import FRESH, listed, refusal
+from .refusal import FRESH, explained, listed, refusal
 
 _SHARDS = ("global_step*", "optimizer_*", "pytorch_model_fsdp_*", "rank*-of-*", "optimizer.pt_*")
 
@@ -31,6 +31,8 @@ def _diagnose(folder: Path, optimizer: bool) -> tuple[str, str, str]:
 
     `optimizer` says whether the file is the optimizer's.
     """
+    if folder.is_file():
+        return "a file", "two arguments were swapped", "Pass the checkpoint's folder."
     if not folder.is_dir():
         return "no such folder", "it is misspelt or a hub id", "Pass a local folder."
     checkpoints = [path.name for path in folder.glob("checkpoint-*")]
@@ -44,6 +46,15 @@ def _diagnose(folder: Path, optimizer: bool) -> tuple[str, str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file holds anything else.
+    """
+    claim, cause = f"a JSON object was expected in {path}", "the file is damaged"
+    cure = "Use another copy."
+    with explained(claim, cause, cure):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise refusal(f"{claim}, found a {type(content).__name__}", cause, cure)
     return content

@@ -1,5 +1,6 @@
 """The state of a saved AdamW by parameter name, and the settings of its next step."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from itertools import chain
@@ -14,6 +15,8 @@ from ..calculus.step import AdamState
 from ..calculus.tree import Params
 from .folder import find_file
 from .refusal import FRESH, explained, listed, refusal
+
+_NAMES = "In Python, pass names=, its parameters in order."
 
 # What the Trainer leaves out of weight decay, besides the parameters of nn.LayerNorm.
 NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -78,6 +81,13 @@ def read_optimizer(folder: Path) -> SavedOptimizer:
         content = torch.load(file, weights_only=True, map_location="cpu")
         saved = SavedOptimizer(content["param_groups"], content["state"])
         flaw = _flaw(saved)
+        setting = _unusable_setting(saved)
+    if setting:
+        raise refusal(
+            f"AdamW's settings were expected in {file}, found {setting}",
+            "the file was edited or damaged",
+            FRESH,
+        )
     if flaw:
         raise refusal(
             "the whole state of torch.optim.AdamW (step, exp_avg, exp_avg_sq) was expected in "
@@ -129,6 +139,25 @@ def _flaw_of_group(group: Group, entries: dict[int | str, Entry]) -> str | None:
     return None
 
 
+def _unusable_setting(saved: SavedOptimizer) -> str | None:
+    """A setting with which AdamW makes no step, or None."""
+    for group in saved.groups:
+        for name in sorted(_SETTINGS - {"amsgrad"} & set(group)):
+            values = group[name] if name == "betas" else [group[name]]
+            if name == "betas" and not (isinstance(values, list | tuple) and len(values) == 2):
+                return f"betas = {values}, which should be two"
+            if not all(_usable(name, value) for value in values):
+                return f"{name} = {group[name]}"
+    return None
+
+
+def _usable(name: str, value: Any) -> bool:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    most = 1.0 if name == "betas" else math.inf
+    return isinstance(value, int | float) and 0 <= value < most
+
+
 def match_names(
     saved: SavedOptimizer, skeleton: nn.Module, trained: list[str], names: Sequence[str] | None
 ) -> Match:
@@ -158,7 +187,7 @@ def match_names(
             f"{len(trained)} trained among them, found {len(set(order))} names for {len(order)}; "
             f"unknown: {listed(unknown)}; missing: {listed(missing)}",
             "the optimizer is another model's",
-            f"Pass names=, its parameters in order. {FRESH}",
+            f"{_NAMES} {FRESH}",
         )
     return Match(order, match.how)
 
@@ -217,7 +246,7 @@ def _refuse_groups(saved: SavedOptimizer, module: nn.Module, trained: list[str])
         f"one group of {len(trained)} parameters, or the Trainer's {len(decayed)} with decay and "
         f"{len(free)} without, were expected, found groups of {_sizes(saved)}",
         "the optimizer was grouped otherwise, or is another model's",
-        f"Pass names=, its parameters in order. {FRESH}",
+        f"{_NAMES} {FRESH}",
     )
 
 
@@ -289,6 +318,7 @@ def adam_state(saved: SavedOptimizer, match: Match, params: Params, amsgrad: boo
         for name, key in zip(match.order, saved.keys, strict=True)
     }
     _check_entries(saved, match, entries, params)
+    _check_values(entries, params)
 
     def moments(key: str) -> Params:
         return {
@@ -318,8 +348,29 @@ def _check_entries(
             f"were expected. {len(wrong)} have other shapes: {listed(wrong)}; {len(stray)} belong "
             f"to frozen or unlisted parameters: {listed(stray)}; step counts: {steps[:5]}",
             "the optimizer numbers its parameters in another order, or is another model's",
-            f"Pass names=, its parameters in order. {FRESH}",
+            f"{_NAMES} {FRESH}",
         )
+
+
+def _check_values(entries: dict[str, Entry], params: Params) -> None:
+    """Refuses moments that no gradients leave behind."""
+    wrong = [
+        f"{key} of {name}"
+        for name in params
+        for key in _MOMENTS
+        if key in entries[name] and not _possible(key, entries[name][key])
+    ]
+    if wrong:
+        raise refusal(
+            "finite moments, the second ones not negative, were expected in the optimizer's "
+            f"state, found others in {len(wrong)}: {listed(wrong)}",
+            "the run had diverged, or the file is damaged",
+            f"Use an earlier checkpoint. {FRESH}",
+        )
+
+
+def _possible(key: str, moment: Tensor) -> bool:
+    return bool(moment.isfinite().all()) and (key == "exp_avg" or not bool((moment < 0).any()))
 
 
 def _misfits(name: str, entry: Entry, p: Tensor) -> set[str]:

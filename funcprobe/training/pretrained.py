@@ -48,12 +48,20 @@ def load_tokenizer(*sources: str | Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer of the first of these places that has one, or None.
 
     A hub id or a .gguf file is taken to have one.
+
+    Raises:
+        ValueError: its files cannot be read.
     """
     for source in sources:
         where, gguf = _location(source)
         on_disk = not gguf and Path(where).is_dir()
         if not on_disk or any((Path(where) / name).is_file() for name in _TOKENIZER):
-            return AutoTokenizer.from_pretrained(where, **gguf)
+            with explained(
+                f"a tokenizer was expected at {source}",
+                "one of its files is damaged",
+                f"Use another copy of {', '.join(_TOKENIZER[:2])}.",
+            ):
+                return AutoTokenizer.from_pretrained(where, **gguf)
     return None
 
 

@@ -30,12 +30,14 @@ def explained(claim: str, cause: str, cure: str) -> Iterator[None]:
 
 
 def brief(error: Exception) -> str:
-    """An error's first line, with its type."""
+    """An error's first line, with its type; two lines where the first announces a list."""
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:  # torch's message goes on to advise weights_only=False
         return f"a reference to {code[1]}, which was not followed"
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first[:200]}"
+    first, *rest = (str(error).strip() or "no message").splitlines()
+    if first.endswith(":") and rest:  # torch names the tensors in the lines that follow
+        first = f"{first} {rest[0].strip()}"
+    return f"{type(error).__name__}: {first[:300]}"
 
 
 def listed(names: Iterable[object]) -> str:

@@ -1,0 +1,150 @@
+"""What a probe refuses before it computes anything: impossible settings, batches and rates."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calculus.interpolation import check_nodes
+from ..language.batch import Batch
+from ..language.model.split import Model
+from ..training.checkpoint import Checkpoint
+from .setup import Inputs, Settings
+
+# The largest count that fits the 32-bit integers of every device.
+_LARGEST = 2**31 - 1
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses settings that no probe could mean.
+
+    Raises:
+        ValueError: nodes or tol are none of what `sweep` takes, or a count is not a whole number
+            from 1 to 2^31 - 1.
+    """
+    check_nodes("probe", settings.nodes, settings.tol)
+    for name in ("max_length", "tokens", "lanes"):
+        count = getattr(settings, name)
+        if count is None or (type(count) is int and 1 <= count <= _LARGEST):
+            continue
+        bound = "a whole number"
+        if isinstance(count, int | float):
+            bound = f"at most {_LARGEST}" if count > _LARGEST else "at least 1"
+            bound = bound if count % 1 == 0 else "a whole number"
+        raise ValueError(
+            f"probe: {name} must be {bound}, not {count}. Leave it out for the default."
+        )
+
+
+def check_arguments(checkpoint: object, update: object, evaluation: object) -> None:
+    """Refuses arguments of other types, as when two were swapped.
+
+    Raises:
+        TypeError: an argument is neither what it should be nor a path.
+    """
+    wanted = (
+        ("checkpoint", checkpoint, Checkpoint),
+        ("update", update, Batch),
+        ("evaluation", evaluation, Batch),
+    )
+    for name, given, expected in wanted:
+        if not isinstance(given, (expected, str, Path)):
+            raise TypeError(
+                f"probe: {name} must be a {expected.__name__} or the path of one, not a "
+                f"{type(given).__name__}. Likely two arguments were swapped: the order is "
+                "checkpoint, update, evaluation. Pass them in this order, or by name."
+            )
+
+
+def check_inputs(inputs: Inputs) -> None:
+    """Refuses a checkpoint and batches that cannot belong together.
+
+    Raises:
+        ValueError: a rate or norm that is not usable, token ids outside the vocabulary, a row
+            longer than the model's positions, or a log-probability that is impossible.
+    """
+    checkpoint = inputs.checkpoint
+    _check_adamw(checkpoint)
+    for name, batch in (("U", inputs.update), ("E", inputs.evaluation)):
+        _check_tokens(name, batch, checkpoint.model)
+        _check_positions(name, batch, checkpoint.model)
+        _check_logp(name, batch)
+
+
+def _check_adamw(checkpoint: Checkpoint) -> None:
+    """Refuses a rate or a clipping norm for which there is no step."""
+    lr, most = checkpoint.adamw["lr"], checkpoint.adamw["max_grad_norm"]
+    rates = list(lr.values()) if isinstance(lr, dict) else [lr]
+    if not all(0 <= rate < math.inf for rate in rates) or not any(rates):
+        raise ValueError(
+            f"probe: a positive and finite learning rate was expected, not {max(rates)}. "
+            "load_checkpoint takes another one as lr=."
+        )
+    if most is not None and not 0 <= most < math.inf:
+        raise ValueError(
+            f"probe: max_grad_norm must be positive and finite, or 0 for no clipping, not {most}. "
+            "Pass load_checkpoint the run's own as max_grad_norm=."
+        )
+
+
+def _check_tokens(name: str, batch: Batch, model: Model) -> None:
+    """Refuses a batch of another tokenizer."""
+    tokens, vocabulary = batch.tokens[batch.attention], model.vocabulary
+    if not 0 <= tokens.min() <= tokens.max() < vocabulary:
+        raise ValueError(
+            f"probe: token ids from 0 to {vocabulary - 1} were expected, {name} has "
+            f"{int(tokens.min())} to {int(tokens.max())}. It was tokenised for another model. "
+            "Tokenise it with the checkpoint's tokenizer."
+        )
+
+
+def _check_positions(name: str, batch: Batch, model: Model) -> None:
+    """Refuses rows for which a model with a table of positions has none left."""
+    longer = rows_beyond(batch, model)
+    if len(longer) and has_position_table(model.skeleton):
+        row = int(longer[0])
+        raise ValueError(
+            f"probe: rows of at most {positions(model)} tokens were expected, the model's table of "
+            f"positions holds no more, but row {row} of {name} has "
+            f"{int(batch.attention[row].sum())}. Likely it was sampled from another model. Leave "
+            "out such rows."
+        )
+
+
+def _check_logp(name: str, batch: Batch) -> None:
+    """Refuses log-probabilities of more than probability 1, beyond what rounding explains."""
+    for field in ("old_logp", "ref_logp"):
+        value = getattr(batch, field)
+        wrong = batch.response & (value > 1e-3)
+        if wrong.any():
+            row = int(wrong.any(1).nonzero()[0])
+            raise ValueError(
+                f"probe: {field} must be log-probabilities in nats, none above 0, but row {row} of "
+                f"{name} holds {float(value[row][wrong[row]].max()):.4g}. Likely they are "
+                "probabilities, or their sign was lost. Write log-probabilities, or leave them out."
+            )
+
+
+def positions(model: Model) -> int | None:
+    """How many positions the model's configuration says that it was made for, if it does."""
+    config: Any = model.skeleton.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def rows_beyond(batch: Batch, model: Model) -> Tensor:
+    """The rows that are longer than `positions` says, as indices."""
+    limit = positions(model)
+    if limit is None:
+        return torch.empty(0, dtype=torch.int64)
+    return (batch.attention.sum(1) > limit).nonzero().flatten()
+
+
+def has_position_table(skeleton: nn.Module) -> bool:
+    """Whether the model reads positions from a table (GPT-2, OPT, GPT-J), which ends somewhere."""
+    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
+    tensors = (*skeleton.named_parameters(), *skeleton.named_buffers())
+    return any(part in names for name, _ in tensors for part in name.split("."))
