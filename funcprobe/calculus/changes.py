@@ -1,6 +1,6 @@
 """Changes of a function of parameters at several deltas, computed by vmap in turns of lanes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -106,11 +106,14 @@ class Deltas:
     """Stacked deltas by turns of lanes. The last turn is kept, since blocks of rows share it.
 
     ``make(start, before, lanes)`` gives the deltas from point `start` on, behind `before` zeros,
-    and with zeros after them so that there are `lanes`.
+    and with zeros after them so that there are `lanes`. The points' names are for errors.
     """
 
-    def __init__(self, count: int, make: Callable[[int, int, int], Params]) -> None:
+    def __init__(
+        self, count: int, make: Callable[[int, int, int], Params], points: Sequence[str] = ()
+    ) -> None:
         self.count = count
+        self.points = points
         self._make = make
         self._turn: tuple[int, int, int] | None = None
         self._held: Params = {}
@@ -150,7 +153,7 @@ def compute_changes(
     with exact(alone=options.matmul == "tf32"):
         run = method(fn, params, deltas, batch, options, base)
     check_nan("sweep (base)", fn, run.base)
-    check_nan("sweep", fn, run.change, dim=1)
+    check_nan("sweep", fn, run.change, dim=1, points=deltas.points)
     return run
 
 

@@ -24,6 +24,7 @@ EVALUATED, INTERPOLATED, LAW = 0, 1, 2  # in Sweep.source; by law a change is 0 
 
 FIRST = 4  # the evaluations that "auto" begins with
 _MOST = 33  # the evaluations that it makes at most
+_HIGHEST = 256  # the highest degree that can be asked for
 
 
 class Interpolated(NamedTuple):
@@ -113,7 +114,12 @@ def interpolate(
 
 
 def check_nodes(where: str, nodes: int | str | None, tol: float = 0.0) -> None:
-    """Raises ValueError unless `nodes` is None, "auto" or a degree >= 3, and `tol` is >= 0."""
+    """Raises ValueError unless `nodes` is None, "auto" or a degree, and `tol` is >= 0."""
+    if isinstance(nodes, int) and nodes > _HIGHEST:
+        raise ValueError(
+            f"{where}: nodes must be a degree of at most {_HIGHEST}, not {nodes}: products of so "
+            "many distances overflow. Leave it out to evaluate every point, or pass 'auto'."
+        )
     if nodes not in (None, "auto") and not (isinstance(nodes, int) and nodes >= 3):
         raise ValueError(f"{where}: nodes must be None, 'auto' or a degree >= 3, not {nodes!r}.")
     if not 0 <= tol < math.inf:

@@ -233,4 +233,4 @@ def _along(v: Params, params: Params, etas: Tensor) -> Deltas:
             for name, d in v.items()
         }
 
-    return Deltas(len(etas), make)
+    return Deltas(len(etas), make, [f"eta = {eta:.3g}" for eta in etas.tolist()])

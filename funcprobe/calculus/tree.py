@@ -278,10 +278,12 @@ _NAN_MEANS = (
 )
 
 
-def check_nan(where: str, fn: object, tree: Tree, dim: int = 0) -> None:
+def check_nan(where: str, fn: object, tree: Tree, dim: int = 0, points: Sequence[str] = ()) -> None:
     """Raises ValueError if a leaf of what `fn` gave holds nan; it names the rows (axis `dim`).
 
-    A function that knows what nan means in its results may say it in an attribute ``nan_means``.
+    If axis 0 has points along a line, their names are given, and the error names the first with
+    nan. A function that knows what nan means in its results may say it in an attribute
+    ``nan_means``.
     """
     for leaf in leaves(tree):
         bad = leaf.isnan()
@@ -289,8 +291,13 @@ def check_nan(where: str, fn: object, tree: Tree, dim: int = 0) -> None:
             others = [axis for axis in range(bad.ndim) if axis != dim]
             rows = (bad.any(others) if others else bad).nonzero().flatten().tolist()
             meaning = getattr(fn, "nan_means", _NAN_MEANS)
+            place = ""
+            if points:
+                first = int(bad.flatten(1).any(1).nonzero()[0])
+                place = f" at {points[first]}"
+                meaning = f"The step is so long that the function overflows, or: {meaning}"
             raise ValueError(
-                f"{where}: the function gave nan in {len(rows)} rows, the first {rows[:5]}. "
+                f"{where}: the function gave nan{place} in {len(rows)} rows, the first {rows[:5]}. "
                 f"{meaning} Evaluate the function on one of these rows alone to see which."
             )
 

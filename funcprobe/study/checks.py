@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..calculus.interpolation import check_nodes
-from ..language.batch import Batch
+from ..language.batch import Batch, unknown_rows
 from ..language.model.split import Model
+from ..language.objectives import prepare
 from ..training.checkpoint import Checkpoint
 from .setup import Inputs, Settings
 
@@ -58,15 +59,22 @@ def check_arguments(checkpoint: object, update: object, evaluation: object) -> N
             )
 
 
-def check_inputs(inputs: Inputs) -> None:
+def check_inputs(inputs: Inputs, settings: Settings) -> None:
     """Refuses a checkpoint and batches that cannot belong together.
 
     Raises:
         ValueError: a rate or norm that is not usable, token ids outside the vocabulary, a row
-            longer than the model's positions, or a log-probability that is impossible.
+            longer than the model's positions, a number that is impossible, or one that is needed
+            and unknown.
     """
     checkpoint = inputs.checkpoint
     _check_adamw(checkpoint)
+    _check_rewards(inputs.update)
+    # Unknown log-probabilities of U are those at the checkpoint, which are not computed yet.
+    known = inputs.update.old_logp.nan_to_num(0.0)
+    prepare(inputs.update._replace(old_logp=known), settings.recipe)
+    if settings.off_policy:
+        _check_known(inputs.evaluation)
     for name, batch in (("U", inputs.update), ("E", inputs.evaluation)):
         _check_tokens(name, batch, checkpoint.model)
         _check_positions(name, batch, checkpoint.model)
@@ -86,6 +94,27 @@ def _check_adamw(checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"probe: max_grad_norm must be positive and finite, or 0 for no clipping, not {most}. "
             "Pass load_checkpoint the run's own as max_grad_norm=."
+        )
+
+
+def _check_rewards(update: Batch) -> None:
+    for field in ("reward", "advantage"):
+        rows = getattr(update, field).isinf().nonzero().flatten().tolist()
+        if rows:
+            raise ValueError(
+                f"probe: {field} must be finite, but {len(rows)} rows of U hold an infinite one, "
+                f"the first is row {rows[0]}. Likely a scorer divided by 0. Leave out such rows' "
+                "groups."
+            )
+
+
+def _check_known(evaluation: Batch) -> None:
+    rows = unknown_rows(evaluation, "old_logp").nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            "probe: off_policy=True weighs E by the log-probabilities it was sampled with, but "
+            f"old_logp is unknown in {len(rows)} rows of E, {rows[:5]}. Write old_logp into E's "
+            "lines, or leave off_policy out if E was sampled at the checkpoint."
         )
 
 

@@ -135,7 +135,7 @@ def probe(
     check_settings(settings)
     check_arguments(checkpoint, update, evaluation)
     inputs = read_inputs(checkpoint, update, evaluation, group, update_sampling)
-    check_inputs(inputs)
+    check_inputs(inputs, settings)
     clock = _Clock()
     setup = prepared(inputs, settings)
     clock.lap("checksum")
