@@ -221,3 +221,26 @@ def a_straight_line_between_the_ends(right, start, at, etas, *args):
 def the_bound_lacks_its_margin(right, *args):
     out = right(*args)
     return out._replace(bound=out.bound / 100)
+
+
+# Blocks and rates
+
+ROWS = "test_blocks.py::test_a_function_whose_rows_depend_on_each_other_is_refused_in_blocks"
+
+
+@mistake("calculus.blocks.checked", ROWS)
+def dependent_rows_are_cut_into_blocks(right, parts, fn, params):
+    yield from parts
+
+
+@mistake("calculus.blocks._distance", ROWS)
+def only_the_mean_of_the_rows_is_compared(right, whole, parts):
+    return right(whole.mean(0, keepdim=True), parts.mean(0, keepdim=True))
+
+
+@mistake(
+    "calculus.line._check_underflow",
+    "test_faults.py::test_rates_that_underflow_or_overflow_are_named",
+)
+def a_rate_may_underflow(right, v, params, etas):
+    pass

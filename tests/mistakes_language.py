@@ -183,3 +183,12 @@ def responses_to_a_prompt_see_each_other(right, segment, dtype):
 def blocks_come_with_the_order_of_the_rows_as_they_were(right, batch, **options):
     blocks, order = right(batch, **options)
     return blocks, torch.arange(len(order))
+
+
+@mistake(
+    "language.objectives.clipped",
+    "test_faults.py::test_clipped_tokens_are_those_without_a_gradient",
+)
+def every_ratio_outside_the_range_is_clipped(right, logp, batch, recipe):
+    outside = right(logp, batch._replace(advantage=batch.advantage.abs()), recipe)
+    return outside | right(logp, batch._replace(advantage=-batch.advantage.abs()), recipe)

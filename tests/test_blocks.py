@@ -105,6 +105,14 @@ def of_its_group(params, batch):
     return value - value.view(-1, 2).mean(1).repeat_interleave(2) if len(value) % 2 == 0 else value
 
 
+def refusal(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def summed(params, batch):
     return (params["a"] * batch.x).sum()
 
@@ -115,8 +123,8 @@ def test_a_function_whose_rows_depend_on_each_other_is_refused_in_blocks(verb, f
     batch = Forwards(torch.arange(1.0, 9.0))
     complaint = "one entry a row" if fn is summed else "rows do not depend on each other"
     for rows in (1, 4):
-        with pytest.raises(ValueError, match=f"{fn.__name__}: .*{complaint}"):
-            VERBS[verb](fn, batch, rows=rows)
+        message = refusal(lambda rows=rows: VERBS[verb](fn, batch, rows=rows))
+        assert message.startswith(f"{fn.__name__}: ") and complaint in message
     if fn is not summed:
         VERBS[verb](fn, batch, rows="all")
     VERBS[verb](product, batch, rows=1)
