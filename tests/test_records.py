@@ -8,7 +8,7 @@ import torch
 
 import funcprobe as fp
 from funcprobe.language.batch import trim
-from funcprobe.rollouts.records import read_sampling, read_temperature
+from funcprobe.rollouts.records import read_sampling
 
 
 def same(a: fp.Batch, b: fp.Batch) -> bool:
@@ -162,7 +162,6 @@ def test_every_sampling_setting_survives_the_round_trip(tmp_path):
     sampling = fp.Sampling(0.7, 0.9, 50, 0.05)
     fp.write_batch(tmp_path / "b.jsonl", fp.collate([[1]], [[2]]), sampling=sampling)
     assert read_sampling(tmp_path / "b.jsonl") == sampling
-    assert read_temperature(tmp_path / "b.jsonl") == 0.7
 
 
 @pytest.mark.parametrize(
@@ -199,20 +198,20 @@ def test_settings_that_cannot_be_scored_are_named(tmp_path, settings, complaint)
         read_sampling(path)
 
 
-def test_the_temperature_alone_is_read_beside_any_setting(tmp_path):
+def test_other_settings_are_left_out_on_request(tmp_path):
     path = lines(tmp_path / "u.jsonl", ROW | {"sampling": {"temperature": 0.7, "top_h": 0.4}})
-    assert read_temperature(path) == 0.7
-    assert read_temperature(lines(tmp_path / "v.jsonl", ROW | {"sampling": {"top_p": 0.9}})) is None
-    assert read_temperature(lines(tmp_path / "w.jsonl", ROW)) is None
-    with pytest.raises(ValueError, match="^read_temperature: .*temperature must be positive"):
-        read_temperature(lines(tmp_path / "x.jsonl", ROW | {"sampling": {"temperature": -1}}))
+    assert read_sampling(path, strict=False) == fp.Sampling(0.7)
+    assert read_sampling(lines(tmp_path / "w.jsonl", ROW), strict=False) is None
+    path = lines(tmp_path / "x.jsonl", ROW | {"sampling": {"temperature": -1}})
+    with pytest.raises(ValueError, match="^read_sampling: .*temperature must be positive"):
+        read_sampling(path, strict=False)
 
 
 def test_mixed_sampling_settings_are_refused(tmp_path):
     path = lines(tmp_path / "m.jsonl", ROW | {"sampling": {"temperature": 1.0}}, ROW)
-    for read in (read_sampling, read_temperature):
+    for strict in (True, False):
         with pytest.raises(ValueError, match="one sampling setting"):
-            read(path)
+            read_sampling(path, strict=strict)
     path = lines(tmp_path / "n.jsonl", *(ROW | {"sampling": {"top_k": k}} for k in (5, 6)))
     with pytest.raises(ValueError, match="one sampling setting"):
         read_sampling(path)

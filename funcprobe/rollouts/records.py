@@ -2,11 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +17,6 @@ from .lines import Record, read_lines, read_rows
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or chat messages
 Tokenizer = PreTrainedTokenizerBase | None
-Read = TypeVar("Read")
 
 # Settings of other samplers, at the values at which they change no probability.
 _NEUTRAL = {
@@ -93,29 +92,34 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
         raise ValueError(f"read_batch: {path}: {str(error).removeprefix('collate: ')}") from error
 
 
-def read_sampling(path: str | Path) -> Sampling | None:
+def read_sampling(path: str | Path, *, strict: bool = True) -> Sampling | None:
     """The sampling settings that the lines carry; None if they carry none.
 
     A setting that is null, or missing while others stand in the line, is off, and so is vLLM's
-    top_k of -1. Settings that the scored policy does not have may stand there if they do nothing,
-    such as a repetition_penalty of 1.
+    top_k of -1.
+
+    Args:
+        path: of JSON lines.
+        strict: refuse settings that the scored policy does not have, unless they do nothing, such
+            as a repetition_penalty of 1. Otherwise they are left out.
 
     Raises:
         ValueError: lines that are malformed or have different settings, impossible values, or a
             setting that the scored policy does not have.
     """
-    return _one("read_sampling", path, _sampling)
-
-
-def read_temperature(path: str | Path) -> float | None:
-    """The sampling temperature that the lines carry; None if they carry none.
-
-    A loss is scored under the temperature alone, so that other settings are not looked at.
-
-    Raises:
-        ValueError: lines that are malformed or have different temperatures, or an impossible one.
-    """
-    return _one("read_temperature", path, _temperature)
+    texts = {
+        json.dumps(r.get("sampling"), sort_keys=True) for r in read_lines("read_sampling", path)
+    }
+    try:
+        settings = {_sampling(json.loads(text), strict) for text in texts}
+    except ValueError as error:
+        raise ValueError(f"read_sampling: {path}: {error}") from error
+    if len(settings) > 1:
+        raise ValueError(
+            f"read_sampling: {path}: one sampling setting was expected, but the lines hold "
+            f"{sorted(texts)[:5]}. Likely files were joined. Read them one by one."
+        )
+    return settings.pop()
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
@@ -137,33 +141,19 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
     return list(ids["input_ids"])
 
 
-def _one(reader: str, path: str | Path, read: Callable[[Any], Read]) -> Read:
-    """What `read` makes of the lines' sampling settings, which must be the same of each."""
-    texts = {json.dumps(r.get("sampling"), sort_keys=True) for r in read_lines(reader, path)}
-    try:
-        values = {read(json.loads(text)) for text in texts}
-    except ValueError as error:
-        raise ValueError(f"{reader}: {path}: {error}") from error
-    if len(values) > 1:
-        raise ValueError(
-            f"{reader}: {path}: one sampling setting was expected, but the lines hold "
-            f"{sorted(texts)[:5]}. Likely files were joined. Read them one by one."
-        )
-    return values.pop()
-
-
-def _sampling(settings: Any) -> Sampling | None:
-    """The settings of one line, whose values are None where they are unknown."""
+def _sampling(settings: Any, strict: bool) -> Sampling | None:
+    """The settings of one line; None if it has none. See `read_sampling`."""
     if settings is None:
         return None
-    _check_object(settings)
+    if not isinstance(settings, dict):
+        raise ValueError(f"sampling must be an object, not {settings!r}.")
     names = [field.name for field in fields(Sampling)]
     foreign = {
         name: value
         for name, value in settings.items()
         if name not in names and value not in (None, _NEUTRAL.get(name))
     }
-    if foreign:
+    if foreign and strict:
         raise ValueError(
             f"sampling may hold {', '.join(names)}, but it also holds {foreign}, which the scored "
             "policy does not have. Sample without, or remove what does not change probabilities."
@@ -172,20 +162,6 @@ def _sampling(settings: Any) -> Sampling | None:
     if given.get("top_k") == -1:
         del given["top_k"]
     return Sampling(**given)
-
-
-def _temperature(settings: Any) -> float | None:
-    """The temperature of one line; None if it is unknown."""
-    if settings is None:
-        return None
-    _check_object(settings)
-    temperature = settings.get("temperature")
-    return None if temperature is None else Sampling(temperature).temperature
-
-
-def _check_object(settings: Any) -> None:
-    if not isinstance(settings, dict):
-        raise ValueError(f"sampling must be an object, not {settings!r}.")
 
 
 def _record(batch: Batch, i: int, known: set[str], tokenizer: Tokenizer) -> Record:

@@ -14,7 +14,7 @@ from ..language.recipes import Recipe
 from ..language.sampling import Sampling
 from ..language.score import scorer
 from ..rollouts.lines import read_rows
-from ..rollouts.records import read_batch, read_sampling, read_temperature
+from ..rollouts.records import read_batch, read_sampling
 from ..runtime.distributed import Group, agree, rank, share
 from ..runtime.memory import Room, room
 from ..runtime.serialize import checksum, fingerprint
@@ -127,9 +127,9 @@ def _loss_sampling(
     """The settings that the loss scores U under, and what was assumed about them."""
     if given is not None:
         return given, ()
-    temperature = None if update is None else read_temperature(update)
-    if temperature is not None:
-        return Sampling(temperature), ()
+    drawn = None if update is None else read_sampling(update, strict=False)
+    if drawn is not None:
+        return Sampling(drawn.temperature), ()
     return Sampling(sampling.temperature), (
         f"the loss is assumed to score U at the temperature of E, {sampling.temperature}: U does "
         "not state its own",
