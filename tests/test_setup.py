@@ -98,7 +98,7 @@ def test_the_loss_is_scored_at_the_temperature_of_us_lines(checkpoint, few, live
 def test_recorded_log_probabilities_are_compared_at_the_losss_temperature(checkpoint, few, live):
     with torch.no_grad():
         logp, _ = reference.scores(live, few[0], temperature=0.5)
-    old = logp + 0.1 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(0)).double()
+    old = logp - 0.2 * torch.rand(logp.shape, generator=torch.Generator().manual_seed(0)).double()
     update = few[0]._replace(old_logp=torch.where(few[0].response, old, torch.nan))
     report = probed(checkpoint, update, few[1], update_sampling=COLD)
     assert_step(report, checkpoint, gradient(live, checkpoint, update, sampling=COLD, old=old))
@@ -132,6 +132,26 @@ def test_a_loss_within_the_possible_tokens_can_be_asked_for(checkpoint, few, liv
     assert_step(report, checkpoint, grads)
     whole = gradient(live, checkpoint, update, sampling=fp.Sampling(2.0))
     assert abs(float(fp.norm(grads) / fp.norm(whole)) - 1) > 0.01
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_log_probabilities_within_the_possible_tokens_are_flagged(checkpoint, few, tmp_path, noise):
+    narrow = fp.Sampling(2.0, 0.9)
+    prompts, options = ["3+4=", "8+8+1="], dict(samples=16, max_new_tokens=8, seed=0)
+    reward = lambda _, text: float(sum(map(ord, text)) % 5)  # noqa: E731
+    update = fp.rollout(checkpoint, prompts, sampling=narrow, reward=reward, **options)
+    engine = noise * torch.randn(update.old_logp.shape, generator=torch.Generator().manual_seed(0))
+    update = update._replace(old_logp=(update.old_logp + engine).clamp(max=0.0))
+    path, e = files(tmp_path, (update, few[1]), u=narrow, e=fp.Sampling())
+    (flag,) = (f for f in probed(checkpoint, path, e).flags if "U's recorded" in f)
+    assert "as those are that are normalised within top-k, top-p or min-p" in flag
+    for fine in (update, path):
+        flags = probed(checkpoint, fine, e, update_sampling=narrow).flags
+        assert not any("U's recorded" in flag for flag in flags)
+    whole = fp.scorer(checkpoint.model, checkpoint.base, sampling=fp.Sampling(2.0))
+    logp = fp.evaluate(whole, checkpoint.params, update).logp + engine  # over all tokens
+    fp.write_batch(path, update._replace(old_logp=logp.clamp(max=0.0)), sampling=narrow)
+    assert not any("U's recorded" in flag for flag in probed(checkpoint, path, e).flags)
 
 
 def test_what_is_assumed_is_said(checkpoint, few, tmp_path):

@@ -20,6 +20,10 @@ from .setup import Plan, Setup
 # How far a log-probability recorded in bfloat16 strays from the policy's own, in nats a token.
 ENGINE_NATS = 0.05
 
+# What is lost of a token's log-probability where the tokens that top-k, top-p or min-p exclude
+# count, in nats: less than this matters to no ratio, and is more than rounding.
+KEPT_NATS = 1e-3
+
 
 def probe_doubts(
     setup: Setup,
@@ -39,7 +43,9 @@ def probe_doubts(
         _no_gradient(plan, as_recipe(setup.settings.recipe)),
         _mixed_groups(plan, as_recipe(setup.settings.recipe)),
         _uneven_groups(plan.update),
-        _update_from_elsewhere(plan, as_recipe(setup.settings.recipe)),
+        _update_from_elsewhere(
+            plan, as_recipe(setup.settings.recipe), truncated=setup.update_truncated
+        ),
         _shared_rows(plan.update, setup.evaluation, swept),
         _extrapolated("U", plan.update, setup.checkpoint.model),
         _extrapolated("E", setup.evaluation, setup.checkpoint.model),
@@ -153,8 +159,11 @@ def _uneven_groups(update: Batch) -> str:
     )
 
 
-def _update_from_elsewhere(plan: Plan, recipe: Recipe) -> str:
-    """Whether U was sampled from a policy that is not the checkpoint's."""
+def _update_from_elsewhere(plan: Plan, recipe: Recipe, *, truncated: bool) -> str:
+    """Whether U was sampled from a policy that is not the checkpoint's.
+
+    `truncated` says that U's lines state top-k, top-p or min-p.
+    """
     update = plan.update
     impossible = update.response & plan.logp.isneginf()
     if impossible.any():
@@ -163,7 +172,16 @@ def _update_from_elsewhere(plan: Plan, recipe: Recipe) -> str:
             "U was sampled under others, or from another model, and their loss has no gradient. "
             "Sample U from this checkpoint under its settings."
         )
-    off = float((plan.logp - update.old_logp).abs()[update.response].mean())
+    gap = (update.old_logp - plan.logp)[update.response]
+    if gap.mean() > KEPT_NATS and (truncated or gap.min() > -KEPT_NATS):
+        return (
+            f"U's recorded log-probabilities are {float(gap.mean()):.2g} nats a token above the "
+            "loss's on average, as those are that are normalised within top-k, top-p or min-p. The "
+            "loss is normalised over all tokens, as TRL's is, so its ratios are below 1. If the "
+            "run's own step was on policy, leave old_logp out; if its loss is normalised like "
+            "them, pass update_sampling=, how U was drawn."
+        )
+    off = float(gap.abs().mean())
     if not off > ENGINE_NATS:
         return ""
     share = float(clipped(plan.logp, update, recipe)[update.response].double().mean())

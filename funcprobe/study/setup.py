@@ -54,6 +54,7 @@ class Inputs(NamedTuple):
     update: Batch  # as wide as it came
     evaluation: Batch
     loss_sampling: Sampling  # the settings that the loss scores U under
+    update_truncated: bool  # whether U's lines state top-k, top-p or min-p
     notes: tuple[str, ...]  # what was assumed about how U and E were drawn
     sources: tuple[Source, ...]  # on rank 0; empty elsewhere
 
@@ -69,6 +70,7 @@ class Setup(NamedTuple):
     score: RowFn  # of E
     loss_sampling: Sampling
     loss_score: RowFn  # of U: what the loss, and old_logp where it is unknown, are made of
+    update_truncated: bool
     stream: Stream
     weights_sha256: str  # before anything was computed
     notes: tuple[str, ...]
@@ -112,22 +114,30 @@ def read_inputs(
         sampling = read_sampling(paths["evaluation"]) if "evaluation" in paths else None
         checkpoint = replace(checkpoint, sampling=sampling or checkpoint.sampling)
         notes += [] if sampling else [_ASSUMED]
-    loss_sampling, note = _loss_sampling(checkpoint.sampling, paths.get("update"), update_sampling)
+    drawn = read_sampling(paths["update"], strict=False) if "update" in paths else None
+    loss_sampling, note = _loss_sampling(checkpoint.sampling, drawn, update_sampling)
     if isinstance(update, str | Path):
         update = read_batch(update, checkpoint.tokenizer)
     if isinstance(evaluation, str | Path):
         evaluation = read_batch(evaluation, checkpoint.tokenizer)
     files = sources(checkpoint.path, **paths) if rank(group) == 0 else ()
-    return Inputs(checkpoint, update, evaluation, loss_sampling, (*notes, *note), files)
+    return Inputs(
+        checkpoint,
+        update,
+        evaluation,
+        loss_sampling,
+        drawn is not None and drawn.truncates,
+        (*notes, *note),
+        files,
+    )
 
 
 def _loss_sampling(
-    sampling: Sampling, update: Path | None, given: Sampling | None
+    sampling: Sampling, drawn: Sampling | None, given: Sampling | None
 ) -> tuple[Sampling, tuple[str, ...]]:
     """The settings that the loss scores U under, and what was assumed about them."""
     if given is not None:
         return given, ()
-    drawn = None if update is None else read_sampling(update, strict=False)
     if drawn is not None:
         return Sampling(drawn.temperature), ()
     return Sampling(sampling.temperature), (
@@ -161,6 +171,7 @@ def prepared(inputs: Inputs, settings: Settings) -> Setup:
         score=_scorer(checkpoint, checkpoint.sampling),
         loss_sampling=inputs.loss_sampling,
         loss_score=_scorer(checkpoint, inputs.loss_sampling),
+        update_truncated=inputs.update_truncated,
         stream=stream,
         weights_sha256=before,
         notes=inputs.notes,
