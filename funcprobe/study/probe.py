@@ -114,7 +114,9 @@ def probe(
         The report; None on ranks other than 0, which never hold other ranks' results on E.
 
     Raises:
-        ValueError: the batches, rates or state do not fit; see the functions composed.
+        TypeError: an argument is of another type, as when two were swapped.
+        ValueError: the batches, rates or state are impossible or do not fit, which is checked
+            before anything is computed; see also the functions composed.
     """
     settings = Settings(
         recipe=recipe,

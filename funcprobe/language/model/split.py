@@ -107,7 +107,7 @@ class Model:
                 f"model: rows of at most {self.longest} tokens were expected, one has {longest}. "
                 f"Beyond them a rotary embedding of type {limit and limit.rope_type!r} uses other "
                 "frequencies, which depend on the longest row. Leave the longer rows out, or cut "
-                "them (max_length=)."
+                "them."
             )
 
     def __repr__(self) -> str:
