@@ -130,6 +130,11 @@ def test_a_function_whose_rows_depend_on_each_other_is_refused_in_blocks(verb, f
     VERBS[verb](product, batch, rows=1)
 
 
+def test_a_sum_over_rows_has_no_place_for_them():
+    with pytest.raises(ValueError, match="lead with their rows .*reduces over its rows"):
+        fp.evaluate(summed, PARAMS, Forwards(torch.arange(1.0, 9.0)), rows="all")
+
+
 def test_rows_differentiated_one_by_one_are_checked_in_one_block_too():
     with pytest.raises(ValueError, match="rows do not depend on each other"):
         fp.row_gradients(unseparable, PARAMS, Forwards(torch.arange(1.0, 9.0)), rows="all")

@@ -244,8 +244,15 @@ def merge(trees: Sequence[T], order: Tensor | None = None, dim: int = 0) -> T:
         order: [N] the original row of each row of the blocks; None keeps the blocks' order.
 
     Raises:
-        ValueError: the order has another number of rows than the blocks.
+        ValueError: the order has another number of rows than the blocks, or a result has no rows.
     """
+    scalars = [tree for tree in trees if any(leaf.ndim <= dim for leaf in leaves(tree))]
+    if scalars:
+        raise ValueError(
+            "join: results that lead with their rows were expected, but a block gave "
+            f"{describe(scalars[0])}. Likely the function reduces over its rows. Return each row's "
+            "own part."
+        )
     sizes = [leaves(tree)[0].shape[dim] for tree in trees]
     if order is None:
         order = torch.arange(sum(sizes))

@@ -14,6 +14,9 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     Args:
         path: the file to write. An existing one is replaced.
         data: its content.
+
+    Raises:
+        OSError: it cannot be written; the file is named.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -24,6 +27,10 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        # A full disk is reported without the file's name.
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     except BaseException:
         part.unlink(missing_ok=True)
         raise
