@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .blocks import Cuttable, RowFn, RowsPerBlock, is_separable
+from .blocks import Cuttable, RowFn, RowsPerBlock, check_derivative, is_separable
 from .gradients import gradient
 from .tree import (
     Params,
@@ -43,7 +43,8 @@ def pullback(
 
     Raises:
         ValueError: the cotangent is not finite or has other rows, another structure or other shapes
-            than fn's output; or u is not finite.
+            than fn's output; u is not finite; or fn says in ``false_derivative`` that its
+            derivative is not that of its values.
 
     >>> import torch
     >>> double = lambda p, x: {"y": 2 * x * p["a"]}
@@ -51,6 +52,7 @@ def pullback(
     >>> pullback(double, {"a": torch.tensor(3.0)}, torch.tensor([1.0, 2.0]), c)
     {'a': tensor(42.)}
     """
+    check_derivative("pullback", fn)
     _check_cotangent(cotangent, size(batch))
     pair = (_CuttablePair if isinstance(batch, Cuttable) else _Pair)(batch, cotangent)
     return gradient(_Weighed(fn), params, pair, rows=rows)

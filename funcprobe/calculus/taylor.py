@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .blocks import RowFn, RowsPerBlock, blockwise, identify, keep_pages
+from .blocks import RowFn, RowsPerBlock, blockwise, check_derivative, identify, keep_pages
 from .precision import exact
 from .transforms.jet import Bypassed, derivatives
 from .transforms.nested_jvp import nested
@@ -40,8 +40,9 @@ def taylor(
         batch has them. Inside another transform, which knows no `Terms`, it is a plain tuple.
 
     Raises:
-        ValueError: names or shapes do not fit, v is not finite, a derivative holds nan, or `order`
-            is below 1.
+        ValueError: names or shapes do not fit, v is not finite, a derivative holds nan, `order` is
+            below 1, or fn says in ``false_derivative`` that its derivative is not that of its
+            values.
 
     >>> cube = lambda p, x: x * p["a"] ** 3
     >>> at, along = {"a": torch.tensor(2.0)}, {"a": torch.tensor(1.0)}
@@ -50,6 +51,7 @@ def taylor(
     """
     if order < 1:
         raise ValueError(f"taylor: order must be at least 1, not {order}.")
+    check_derivative("taylor", fn)
     check_direction("taylor", v, params)
     v = {name: v[name].to(p) for name, p in params.items()}
     keep_pages()

@@ -101,6 +101,11 @@ class _Loss:
         """Whether the rows are known not to depend on each other, as the scorer's are."""
         return getattr(self.score, "separable", False)
 
+    @property
+    def false_derivative(self) -> str:
+        """How its derivative differs from that of its values; "" if it does not."""
+        return getattr(self.score, "false_derivative", "")
+
     def __call__(self, params: Params, batch: Batch) -> Tensor:
         """The loss of each response token, [N, R]."""
         _check_prepared(batch)

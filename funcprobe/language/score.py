@@ -128,6 +128,11 @@ class _Scorer:
         return self.readout is None
 
     @property
+    def false_derivative(self) -> str:
+        """How its derivative differs from that of its values; "" if it does not."""
+        return self.model.false_derivative
+
+    @property
     def nan_means(self) -> str:
         """What a nan in the scores, or in a change or derivative of them, means."""
         return (

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jvp
+from torch.func import functional_call
 
 from ..batch import Batch, collate
 from ..head.softmax import WIDTH, head_slices
@@ -20,8 +20,6 @@ from . import attention
 from .forward import Forward, Params
 from .skeleton import causal_model
 
-_STEPS = (1e-2, 1e-3)  # of central differences, as part of the largest parameter
-_COARSE_STEPS = (3e-2, 1e-2, 3e-3)  # the same where a base in lower precision rounds them
 _SHORT, _LONG = 7, 64  # tokens in the rows that a module must read alike; blocks divide no prime
 _FAR = 2**24  # a position beyond every rotary table
 
@@ -162,58 +160,6 @@ def longest_shared(forward: Forward, apart: Forward, params: Params, base: Param
         return 0
     alike = (_alike(a, b, params | base) for a, b in (mixed, packed))
     return masks.longest_causal() if all(alike) else 0
-
-
-@torch.no_grad()
-def check_derivative(forward: Forward, params: Params, base: Params) -> None:
-    """The derivative of the hidden states is that of their values: it meets central differences.
-
-    Raises:
-        ValueError: it does not, as in DoRA layers, whose weight norm PEFT detaches.
-    """
-    coarse = any(t.is_floating_point() and t.dtype.itemsize < 4 for t in base.values())
-    steps, limit = (_COARSE_STEPS, 0.3) if coarse else (_STEPS, 0.05)
-    error = _derivative_error(forward, params, base, steps)
-    layers = list(forward.skeleton.modules())
-    dora = any(getattr(layer, "lora_magnitude_vector", None) for layer in layers)
-    # A base in lower precision rounds the differences too much for them to show what DoRA does.
-    if error < limit and not (coarse and dora):
-        return
-    name, cause, cure = (
-        ("DoRA", "PEFT's DoRA detaches the weight norm", "Use plain LoRA.")
-        if dora
-        else (type(forward.skeleton).__name__, "a part is detached", "Please report the layers.")
-    )
-    adapted = sorted({type(layer).__name__ for layer in layers if hasattr(layer, "lora_A")})
-    raise ValueError(
-        f"split: derivatives that are those of the values were expected, those of {name} layers "
-        f"{adapted} are not (relative error {error:.2g}). Likely cause: {cause}. {cure}"
-    )
-
-
-def _derivative_error(
-    forward: Forward, params: Params, base: Params, steps: tuple[float, ...]
-) -> float:
-    """The relative error of the jvp along a random direction, at the step where it is least."""
-    generator = torch.Generator().manual_seed(0)
-    size = max(float(p.abs().max()) for p in params.values()) or 1.0
-    v = {
-        name: size * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-        for name, p in params.items()
-    }
-    batch = _one_row(params)
-    zero = next(iter(params.values())).new_zeros(())
-
-    def along(t: Tensor) -> Tensor:
-        return _hidden(forward, {name: p + t * v[name] for name, p in params.items()}, base, batch)
-
-    slope: Tensor = jvp(along, (zero,), (torch.ones_like(zero),))[1]
-
-    def error(step: float) -> float:
-        difference = (along(zero + step) - along(zero - step)) / (2 * step)
-        return float((slope - difference).norm() / slope.norm())
-
-    return min(error(step) for step in steps)
 
 
 def generic(params: Params) -> Params:

@@ -4,11 +4,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+_FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange)
+_FACTORIES += (torch.linspace, torch.tensor, torch.rand, torch.randn)
+_METADATA = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride)
 
 
 class Float64(TorchFunctionMode):
@@ -35,7 +39,62 @@ class Float64(TorchFunctionMode):
         if func in _CASTS:
             return args[0].double()
         args = tuple(_raise(value) for value in args)
-        return func(*args, **{name: _raise(value) for name, value in kwargs.items()})
+        out = func(*args, **{name: _raise(value) for name, value in kwargs.items()})
+        return out.double() if func in _FACTORIES and _is_lower(out) else out
+
+
+class Promoted(Float64):
+    """Like `Float64`, and tensors of a lower floating-point dtype are used as float64 too.
+
+    So a model in any precision computes in float64, one weight at a time, without a copy of it.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Calls an operation with float64 tensors and dtypes in the place of lower ones."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__" or func in _METADATA:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func is F.embedding:  # a table is long, what is looked up is not
+            return _promote(func(*args, **kwargs))
+        if func is F.linear and len(args) > 1 and _is_lower(args[1]):
+            x, weight, *bias = args
+            out = _Linear.apply(_promote(x), weight)
+            bias = bias or [kwargs.get("bias")]
+            return out if bias[0] is None else out + _promote(bias[0])
+        writes = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+        first = args[:1] if writes else ()
+        args = first + _promote(args[len(first) :])
+        return super().__torch_function__(func, types, args, _promote(kwargs))
+
+
+class _Linear(torch.autograd.Function):
+    """``x W'`` in float64, which keeps W for the derivatives in its own precision."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight.double())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_forward(inputs[1])
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, _: Any) -> Tensor:
+        return F.linear(dx, ctx.saved_tensors[0].double())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.saved_tensors[0].double(), None
 
 
 def rotary_frequencies(module: nn.Module) -> dict[str, Tensor]:
@@ -66,3 +125,18 @@ def rotary_frequencies(module: nn.Module) -> dict[str, Tensor]:
 
 def _raise(value: Any) -> Any:
     return torch.float64 if isinstance(value, torch.dtype) and value in _LOWER else value
+
+
+def _is_lower(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in _LOWER
+
+
+def _promote(value: Any) -> Any:
+    """Tensors of lower precision as float64, in tuples, lists and dicts too."""
+    if _is_lower(value):
+        return value.double()
+    if type(value) in (tuple, list):
+        return type(value)(_promote(leaf) for leaf in value)
+    if type(value) is dict:
+        return {key: _promote(leaf) for key, leaf in value.items()}
+    return value

@@ -13,6 +13,7 @@ from ..batch import SHARED, Batch
 from ..packing import Layout, by_row, pack
 from ..tracing import concrete, levels
 from . import attention, checks, rotary
+from .derivative import check_derivative
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
 from .hooks import check_hooks
@@ -44,6 +45,7 @@ class Model:
     shares: int  # the longest rows whose prompt it reads once for several responses; 0: never
     longest: int | None  # the longest rows that it is right for; None: of any length
     trainable: int  # how many of its tensors `split` gave as params
+    false_derivative: str  # how its derivative differs from that of its values; "" if it does not
 
     @property
     def skeleton(self) -> nn.Module:
@@ -125,7 +127,8 @@ class Model:
             f"vocabulary {self.vocabulary},\n"
             f"      {'float64 throughout' if self.float64 else 'in the precision of its tensors'}, "
             f"attention {attends},\n"
-            f"      prompts shared in {rows if self.shares else 'no rows'})"
+            f"      prompts shared in {rows if self.shares else 'no rows'}"
+            f"{self.false_derivative and f',{chr(10)}      {self.false_derivative}'})"
         )
 
 
@@ -151,7 +154,8 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
 
     Raises:
         ValueError: nothing is trainable, an adapter is merged, a layer is sharded, quantised or
-            patched, or the module's derivative is not the derivative of its values (DoRA).
+            patched, or its gradient cannot be taken. A module whose derivative is not that of its
+            values (DoRA) is split, and the model says so in `false_derivative`.
     """
     module = unwrap(module)
     refuse(module)
@@ -168,7 +172,6 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     checks.check_causal(eager, params, base)
     checks.check_head(eager, checks.generic(params), base)
     forward = ours if checks.attends_alike(ours, eager, params, base) else eager
-    checks.check_derivative(forward, params, base)
     causal: Any = causal_model(skeleton)
     limit = rotary.limit(skeleton)
     model = Model(
@@ -179,6 +182,7 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
         shares=checks.longest_shared(forward, apart, params, base),
         longest=limit and limit.longest,
         trainable=len(params),
+        false_derivative=check_derivative(forward, params, base),
     )
     return model, params, base
 
