@@ -54,10 +54,7 @@ def planted(forward, fault, reverse_only=False):
 
     def wrong(params):
         x = params[fault]
-        if reverse_only:
-            x = Scaled.apply(x, 1.0, 0.99)
-        else:
-            x = 0.99 * x + 0.01 * x.detach()
+        x = Scaled.apply(x, 1.0, 0.99) if reverse_only else 0.99 * x + 0.01 * x.detach()
         return params | {fault: x}
 
     class Faulty:

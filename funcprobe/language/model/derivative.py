@@ -165,10 +165,10 @@ def _reason(test: _Test, forward: Forward) -> str:
         kinds: dict[str, list[str]] = {}
         for name in test.point:
             kinds.setdefault(re.sub(r"\.\d+(?=\.)", "", name), []).append(name)
-        for kind, names in kinds.items():
+        for pattern, names in kinds.items():
             error = test.error(names)
             if error > _LIMIT:
-                return _sentence(kind, names, error, forward)
+                return _sentence(pattern, names, error, forward)
     except (NotImplementedError, RuntimeError) as error:
         _reraise_memory(error)
         return f"forward mode cannot pass {_layers(forward)}: {str(error).splitlines()[0]}"
@@ -180,14 +180,14 @@ def _reraise_memory(error: RuntimeError) -> None:
         raise error
 
 
-def _sentence(kind: str, names: list[str], error: float, forward: Forward) -> str:
+def _sentence(pattern: str, names: list[str], error: float, forward: Forward) -> str:
     layer = _layer(forward.skeleton, names[0])
     title = type(layer).__name__
     cause = "a part of the forward pass is detached, or its backward pass is that of another"
     if getattr(layer, "lora_magnitude_vector", None):
         title, cause = f"DoRA {title}", "PEFT's DoRA detaches the weight norm"
     return (
-        f"the derivative of the logits along {kind!r} ({title} layers, {len(names)} tensors) is "
+        f"the derivative of the logits along {pattern!r} ({title} layers, {len(names)} tensors) is "
         f"off by {error:.2g} of that of their values ({cause})"
     )
 
