@@ -226,10 +226,13 @@ def test_few_prompts_are_said_to_have_little_power(checkpoint, small, drawn):
     assert "With 2 prompts only gross differences are seen" in str(result)
 
 
-def test_rows_weighted_by_their_records_are_not_tested(checkpoint, small):
-    result = fp.probe(checkpoint, *small, ETAS, off_policy=True)
+def test_rows_weighted_by_records_of_another_policy_are_not_tested(checkpoint, small, prompts):
+    rows = fp.rollout(
+        checkpoint, prompts, samples=2, max_new_tokens=24, seed=0, sampling=fp.Sampling(0.7)
+    )
+    result = fp.probe(checkpoint, small[0], rows, ETAS, off_policy=True)
     assert result.policy is None and "policy test" not in str(result)
-    assert result.to_dict()["policy_test"] is None
+    assert result.to_dict()["policy_test"] is None and not doubts_about_e(result)
 
 
 def test_the_report_keeps_the_test(checkpoint, small, report, tmp_path):

@@ -53,7 +53,8 @@ class PolicyTest(NamedTuple):
             )
         return text
 
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def policy_test(scores: Scored, batch: Rows) -> PolicyTest:

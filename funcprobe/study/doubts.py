@@ -1,5 +1,6 @@
 """Doubts about a probe's results that only the probe itself can see, and what to do about them."""
 
+import json
 from collections import Counter
 
 import torch
@@ -15,6 +16,7 @@ from ..statistics.policy_test import PolicyTest
 from ..statistics.results import Estimate
 from ..statistics.rounding import Rounding
 from .checks import positions, rows_beyond
+from .provenance import Records
 from .setup import Plan, Setup
 
 # How far a log-probability recorded in bfloat16 strays from the policy's own, in nats a token.
@@ -25,17 +27,9 @@ ENGINE_NATS = 0.05
 KEPT_NATS = 1e-3
 
 
-def probe_doubts(
-    setup: Setup,
-    plan: Plan,
-    swept: Sweep,
-    rounded: Rounding | None,
-    change: Estimate,
-    policy: PolicyTest | None,
-) -> list[str]:
+def probe_doubts(setup: Setup, plan: Plan, swept: Sweep, rounded: Rounding | None) -> list[str]:
     """Why a probe's results should not be trusted as they stand, each reason with its remedy."""
     reasons = [
-        _recorded_otherwise(setup, swept) or another_policy(change, policy),
         _below_rounding(swept, rounded),
         _out_of_memory(swept),
         _without_rule(swept),
@@ -53,17 +47,42 @@ def probe_doubts(
     return [reason for reason in reasons if reason]
 
 
-def _recorded_otherwise(setup: Setup, swept: Sweep) -> str:
-    evaluation = setup.evaluation
-    off = (swept.base.logp.double() - evaluation.old_logp).abs()[evaluation.response]
-    if setup.settings.off_policy or not (off > ENGINE_NATS).any():
-        return ""
-    return (
-        f"E's recorded log-probabilities differ from the checkpoint's by up to "
-        f"{float(off[~off.isnan()].max()):.2g} nats a token: E was not sampled from this "
-        "policy, or the base model, its precision or the sampling settings differ. Sample E "
-        "from this checkpoint, or weigh it by what it records with off_policy=True."
-    )
+def policy_doubts(
+    change: Estimate, test: PolicyTest | None, recorded: Records | None, *, alike: bool
+) -> list[str]:
+    """Why E may not be the scored policy's, once and by the best evidence, with its remedy.
+
+    What E records says most about the cause; without records, or if they are the checkpoint's but
+    for rounding, the tests of the draws speak.
+
+    Args:
+        change: from `entropy_change`.
+        test: from `policy_test`, if it was made.
+        recorded: what E's records are, if not the checkpoint's.
+        alike: whether E records the checkpoint's own log-probabilities.
+    """
+    if recorded is None or recorded.cause == "rounding":
+        reason = another_policy(change, test)
+        if reason and alike:
+            reason += f" {_UNSEEN}"
+        return [reason] if reason else []
+    remedy = f"{_RESAMPLE} or weigh it by what it records with off_policy=True."
+    if recorded.cause == "sampling":
+        settings = json.dumps(recorded.settings())
+        remedy = f'If it was sampled so, say in its lines "sampling": {settings}. If not: {remedy}'
+        if test is not None and not test.rejects and not test.weak:
+            remedy += (
+                f" But its draws pass the policy test {test.evidence()}: an engine may record what "
+                "it computes before its temperature and truncation. Then E is right as it is."
+            )
+    return [f"E was not sampled from this policy, by its records. {recorded} {remedy}"]
+
+
+_RESAMPLE = "Sample E from this checkpoint,"
+_UNSEEN = (
+    "Yet it records this checkpoint's log-probabilities, as an engine does that takes them before "
+    "its temperature and truncation; then off_policy=True does not help."
+)
 
 
 def _below_rounding(swept: Sweep, rounded: Rounding | None) -> str:

@@ -38,7 +38,8 @@ from .about import (
     versions,
 )
 from .checks import check_arguments, check_inputs, check_settings
-from .doubts import probe_doubts
+from .doubts import policy_doubts, probe_doubts
+from .provenance import Explanation, alike, explain, records
 from .report import Report
 from .roundoff import Recomputed, noise, recompute_sample
 from .setup import Plan, Settings, Setup, prepared, read_inputs
@@ -149,9 +150,11 @@ def probe(
     clock.lap("slope")
     sample = _roundoff(setup, plan)
     clock.lap("rounding")
+    explained = explain(setup)
+    clock.lap("records")
     if swept is None or terms is None:
         return None
-    return _summarise(setup, plan, swept, terms, sample, clock)
+    return _summarise(setup, plan, swept, terms, sample, explained, clock)
 
 
 class _Clock:
@@ -278,6 +281,7 @@ def _summarise(
     swept: Sweep,
     terms: Terms,
     sample: Recomputed | None,
+    explained: Explanation | None,
     clock: _Clock,
 ) -> Report:
     """The statistics, what is doubtful about them, and what they are about."""
@@ -291,7 +295,10 @@ def _summarise(
     )
     proportional = settings.nodes is not None or settings.change == "increment"
     rounded = sample and noise(swept, sample, evaluation, series, proportional=proportional)
-    policy = None if settings.off_policy else policy_test(swept.base, evaluation)
+    same = alike(evaluation, swept)
+    # E that is weighted by records of another policy is no sample of the scored one.
+    policy = policy_test(swept.base, evaluation) if same or not settings.off_policy else None
+    recorded = records(setup, swept, terms, explained)
     clock.lap("statistics")
     after = checksum(setup.checkpoint.base | setup.checkpoint.params)
     clock.lap("checksum_after")
@@ -301,8 +308,13 @@ def _summarise(
         lr=float(plan.step.lr),
         rounding=rounded,
         about=_about(setup, plan, swept, after, clock.seconds),
-        flags=(*doubts(change, series), *probe_doubts(setup, plan, swept, rounded, change, policy)),
+        flags=(
+            *doubts(change, series),
+            *policy_doubts(change, policy, recorded, alike=same),
+            *probe_doubts(setup, plan, swept, rounded),
+        ),
         policy=policy,
+        records=recorded,
         arrays={
             "base.logp": swept.base.logp,
             "base.entropy": swept.base.entropy,

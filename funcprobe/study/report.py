@@ -25,6 +25,7 @@ from ..statistics.rounding import Rounding
 from ..statistics.tables import html_table, shortened, text_table
 from .about import About, plain
 from .plots import check_formats, plot, plot_ratio, rendered
+from .provenance import Records
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,6 +64,7 @@ class Report:
     about: About  # checkpoint, batches, update, settings, inputs, versions
     flags: tuple[str, ...] = ()  # statistical doubts, each with its remedy
     policy: PolicyTest | None = None  # of E; None where E is weighted by what it records
+    records: Records | None = None  # of E; None where they are the checkpoint's, or used
     arrays: dict[str, Tensor] = field(default_factory=dict)  # per-token results
     direction: Params | None = None  # v; None if the report was loaded and v had not been saved
 
@@ -105,6 +107,7 @@ class Report:
             "linearity": [{name: getattr(law, name) for name in names} for law in laws],
             "rounding": self.rounding,
             "policy_test": self.policy,
+            "records": self.records,
             "etas": rows,
             "flags": self.flags,
             "about": self.about,
@@ -277,6 +280,8 @@ class Report:
     def _remarks(self) -> list[str]:
         """The verdict, the rounding error, whose draws E is, and the flags, a line each."""
         notes = [str(note) for note in (self.rounding, self.policy) if note is not None]
+        if self.records is not None and self.records.cause == "rounding":
+            notes.append(str(self.records))
         return [*self.verdict().splitlines(), *notes, *(f"! {flag}" for flag in self.flags)]
 
     def _text(self, cells: list[tuple[str, ...]]) -> str:
@@ -364,6 +369,7 @@ def _fields(data: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
         "about": About.from_dict(data["about"]),
         "flags": tuple(data["flags"]),
         "policy": None if policy is None else PolicyTest(**policy),
+        "records": data["records"] and Records.from_dict(data["records"]),
         "arrays": arrays,
         "direction": under("v.") or None,
     }
