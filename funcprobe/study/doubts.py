@@ -198,7 +198,7 @@ def _update_from_elsewhere(plan: Plan, recipe: Recipe, *, truncated: bool) -> st
             "loss's on average, as those are that are normalised within top-k, top-p or min-p. The "
             "loss is normalised over all tokens, as TRL's is, so its ratios are below 1. If the "
             "run's own step was on policy, leave old_logp out; if its loss is normalised like "
-            "them, pass update_sampling=, how U was drawn."
+            "them, in Python, pass update_sampling=, how U was drawn."
         )
     off = float(gap.abs().mean())
     if not off > ENGINE_NATS:
