@@ -192,7 +192,8 @@ def _update_from_elsewhere(plan: Plan, recipe: Recipe, *, truncated: bool) -> st
             "Sample U from this checkpoint under its settings."
         )
     gap = (update.old_logp - plan.logp)[update.response]
-    if gap.mean() > KEPT_NATS and (truncated or gap.min() > -KEPT_NATS):
+    within = gap.mean() > KEPT_NATS and (truncated or gap.min() > -KEPT_NATS)
+    if within and recipe.ratio != "none":
         return (
             f"U's recorded log-probabilities are {float(gap.mean()):.2g} nats a token above the "
             "loss's on average, as those are that are normalised within top-k, top-p or min-p. The "
