@@ -1,14 +1,19 @@
 """The check that a module's derivative is that of its values: what it must catch, and accept."""
 
+import pickle
 import warnings
+from dataclasses import replace
+from functools import cache, partial
 
 import cases
 import peft
 import pytest
+import reference
 import torch
 from torch import nn
 
 import funcprobe as fp
+from funcprobe.calculus.line import secant
 from funcprobe.language.model import derivative
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -176,3 +181,120 @@ def test_no_family_is_suspected(family):
         assert fp.split(adapted(fresh, family, dtype))[0].false_derivative == ""
     if family != "gpt2":
         assert fp.split(cases.live(family, adapter=False))[0].false_derivative == ""
+
+
+# DoRA: PEFT detaches the weight norm
+
+
+@cache
+def dora():
+    model, params, base = fp.split(cases.live(use_dora=True), dtype=torch.float64)
+    v = cases.direction(params, size=0.01)
+    return model, fp.scorer(model, base), params, v
+
+
+@cache
+def dora_in_place():
+    """The change at eta 1 and the slope, by writing into the live module's weights."""
+    live, step = cases.live(use_dora=True).double(), 1e-3
+    with torch.no_grad(), reference.float64(live):
+        _, change = reference.sweep(live, dora()[3], [1.0, -2e-3, -step, step, 2e-3], cases.batch())
+    end, far, near, on, off = torch.stack(change, 1)
+    return end, (8 * (on - near) - (off - far)) / (12 * step)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lora(["q_proj"], use_dora=True, layers_to_transform=[1], modules_to_save=["embed_tokens"]),
+        lora(["lm_head"], use_dora=True, modules_to_save=["embed_tokens"]),
+        lora(["lm_head"], use_dora=True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dora_is_caught_beside_what_is_larger(config, dtype):
+    model, _, _ = fp.split(adapted(config), dtype=dtype)
+    assert "DoRA" in model.false_derivative
+
+
+def test_dora_is_caught_on_a_bfloat16_base():
+    assert "DoRA" in fp.split(cases.live(use_dora=True).to(torch.bfloat16))[0].false_derivative
+
+
+def test_doras_model_says_so_and_pickles():
+    model = dora()[0]
+    assert model.false_derivative in repr(model)
+    assert pickle.loads(pickle.dumps(model)).false_derivative == model.false_derivative
+
+
+def test_doras_gradient_is_the_trainers():
+    model, score, params, _ = dora()
+    batch = cases.batch()
+    grads = fp.gradient(lambda p, b: score(p, b).logp, params, batch)
+    live = cases.live(use_dora=True).double()
+    with reference.float64(live):
+        reference.scores(live, batch)[0].sum().backward()
+    for name, p in live.named_parameters():
+        if name in params:
+            torch.testing.assert_close(grads[name], p.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", ["direct", "increment"])
+def test_doras_changes_are_right(change):
+    _, score, params, v = dora()
+    swept = fp.sweep(score, params, v, [1.0], cases.batch(), change=change)
+    assert not swept.fallbacks
+    end, _ = dora_in_place()
+    torch.testing.assert_close(torch.stack(swept.change, 1)[0], end, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-8), (torch.float32, 1e-5)])
+def test_doras_secant_is_its_slope(dtype, limit):
+    model, params, base = fp.split(cases.live(use_dora=True), dtype=dtype)
+    v = {name: d.to(dtype) for name, d in dora()[3].items()}
+    terms = secant(fp.scorer(model, base), params, v, cases.batch(), 1e-4)
+    _, slope = dora_in_place()
+    assert (torch.stack(tuple(terms[1])) - slope).norm() < limit * slope.norm()
+
+
+class Entropy:
+    def __init__(self, score):
+        self.score = score
+
+    def __call__(self, params, batch):
+        return self.score(params, batch).entropy
+
+    def of(self, params, batch):
+        return self.score(params, batch).entropy
+
+
+def scaled(score, factor, params, batch):
+    return factor * score(params, batch).entropy
+
+
+def test_what_needs_the_true_derivative_is_refused_by_name():
+    _, score, params, v = dora()
+    batch = fp.prepare(cases.batch(), "reinforce")
+    functions = [
+        score,
+        fp.objective(score, "reinforce"),
+        fp.with_value(score, lambda batch: batch.reward),
+        lambda p, b: score(p, b).entropy,
+        partial(scaled, score, 2.0),
+        Entropy(score),
+        Entropy(score).of,
+    ]
+    for fn in functions:
+        with pytest.raises(ValueError, match="taylor: .*DoRA"):
+            fp.taylor(fn, params, v, batch)
+        with pytest.raises(ValueError, match="pullback: .*DoRA"):
+            fp.pullback(fn, params, batch, batch.weight)
+
+
+def test_the_probe_gives_a_secant_for_the_slope_and_says_so(checkpoint, small, report):
+    model = replace(checkpoint.model, false_derivative="the derivative is planted")
+    other = fp.probe(replace(checkpoint, model=model), *small)
+    assert torch.allclose(other.series.value, report.series.value, rtol=1e-5)
+    assert torch.allclose(other.series.stderr, report.series.stderr, rtol=1e-5)
+    assert any("is planted" in flag and "secant" in flag for flag in other.flags)
+    assert not any("secant" in flag for flag in report.flags)

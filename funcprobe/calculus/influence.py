@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .blocks import Cuttable, RowFn, RowsPerBlock, check_derivative, is_separable
+from .blocks import Cuttable, RowFn, RowsPerBlock, is_separable
+from .derivatives import check_derivative
 from .gradients import gradient
 from .tree import (
     Params,

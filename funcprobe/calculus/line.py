@@ -12,7 +12,17 @@ from .changes import Changes, Deltas, Options, Rules, changes, compute_changes, 
 from .interpolation import EVALUATED, check_nodes, first_nodes, interpolate
 from .results import Sweep, join
 from .taylor import taylor
-from .tree import Params, Tree, all_concrete, check_direction, concatenate, norm, size, tree_map
+from .tree import (
+    Params,
+    Terms,
+    Tree,
+    all_concrete,
+    check_direction,
+    concatenate,
+    norm,
+    size,
+    tree_map,
+)
 
 __all__ = ["Sweep", "changes", "join", "sweep", "sweep_blocks"]
 
@@ -234,3 +244,34 @@ def _along(v: Params, params: Params, etas: Tensor) -> Deltas:
         }
 
     return Deltas(len(etas), make, [f"eta = {eta:.3g}" for eta in etas.tolist()])
+
+
+def secant(
+    fn: RowFn, params: Params, v: Params, batch: Any, eta: float, *, rows: RowsPerBlock = None
+) -> Terms:
+    r"""``f, f'`` along v as `taylor` gives them, but from exact increments at two small etas.
+
+    .. math:: f'(0) = \frac{\Delta f(\eta) - \Delta f(-\eta)}{2 \eta}
+              - \frac{\eta^2}{6} f^{(3)}(0) + O(\eta^4).
+
+    It needs no derivative of `fn`, so it serves where that is not the derivative of its values. Its
+    error is of second order in eta; rounding adds that of increments, which for operations without
+    an increment rule grows as 1 / eta.
+
+    Args:
+        fn: a row-separable function ``(params, batch) -> tree`` of tensors with leading N.
+        params: the trainable parameters.
+        v: a direction with exactly their names and shapes.
+        batch: a tree of tensors with leading N.
+        eta: a small learning rate, not 0.
+        rows: rows per block; "all" makes one block. The default follows from the shapes.
+
+    Returns:
+        `Terms` of orders 0 and 1.
+
+    Raises:
+        ValueError: what `sweep` raises.
+    """
+    swept = sweep(fn, params, v, [eta, -eta], batch, change="increment", rows=rows)
+    slope = tree_map(lambda change: (change[0] - change[1]) / (2 * eta), swept.change)
+    return Terms([swept.base, slope], identify(batch))

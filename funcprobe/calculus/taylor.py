@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from .blocks import RowFn, RowsPerBlock, blockwise, check_derivative, identify, keep_pages
+from .blocks import RowFn, RowsPerBlock, blockwise, identify, keep_pages
+from .derivatives import check_derivative
 from .precision import exact
 from .transforms.jet import Bypassed, derivatives
 from .transforms.nested_jvp import nested

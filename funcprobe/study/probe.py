@@ -13,7 +13,7 @@ from ..calculus import precision
 from ..calculus.blocks import evaluate
 from ..calculus.gradients import gradient
 from ..calculus.interpolation import FIRST
-from ..calculus.line import sweep
+from ..calculus.line import secant, sweep
 from ..calculus.results import Sweep, join
 from ..calculus.step import adamw, direction
 from ..calculus.taylor import taylor
@@ -38,7 +38,7 @@ from .about import (
     versions,
 )
 from .checks import check_arguments, check_inputs, check_settings
-from .doubts import policy_doubts, probe_doubts
+from .doubts import policy_doubts, probe_doubts, slope_eta
 from .provenance import Explanation, alike, explain, records
 from .report import Report
 from .roundoff import Recomputed, noise, recompute_sample
@@ -251,12 +251,20 @@ def _sweep(setup: Setup, plan: Plan) -> Sweep | None:
 def _slope(setup: Setup, plan: Plan) -> Terms | None:
     """E's scores and their derivatives along v; None on ranks other than 0."""
     params = setup.checkpoint.params
+    eta = slope_eta(setup, plan)
+
+    def along_v(block: Batch) -> Terms:
+        if eta is None:
+            return taylor(setup.score, params, plan.v, block, rows="all")
+        return secant(setup.score, params, plan.v, block, eta, rows="all")
+
     blocks, order = setup.stream.cut(setup.evaluation)
     parts = setup.stream.map(
         "slope on E",
-        lambda block: taylor(setup.score, params, plan.v, block, rows="all"),
+        along_v,
         blocks,
         plan.v,
+        eta,
         to=0,
     )
     return join(parts, order) if parts else None

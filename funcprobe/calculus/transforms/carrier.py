@@ -212,6 +212,7 @@ SPELLINGS = {
     "rdiv": "__rdiv__ __rtruediv__",
     "pow": "pow __pow__",
     "clamp": "clamp clip",
+    "norm": "norm vector_norm",
 }
 
 # The properties of a tensor that a rule covers too.
@@ -220,7 +221,7 @@ _PROPERTIES = {"linear": ("T", "mT"), "detach": ("data",)}
 
 def table(rules: Mapping[str, Rule]) -> dict[Operation, Rule]:
     """Turns rules by name into a table by operation, one entry for every spelling."""
-    homes = (torch, Tensor, F, torch.special)
+    homes = (torch, Tensor, F, torch.special, torch.linalg)
     out: dict[Operation, Rule] = {}
     for name, rule in rules.items():
         for spelling in SPELLINGS.get(name, name).split():

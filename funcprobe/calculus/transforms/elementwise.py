@@ -123,6 +123,22 @@ def d_logsumexp(p: Tensor, d: Tensor, dim: int) -> Tensor:
     return mean + torch.log1p((p * torch.expm1(d - mean)).sum(dim, keepdim=True))
 
 
+def d_norm(y: Tensor, x: Tensor, d: Tensor, dim: int, keepdim: bool) -> Tensor:
+    """The change of the Euclidean norm along `dim`, ``sum d (2 x + d)`` over the sum of both."""
+    squares = (d * (2 * x + d)).sum(dim, keepdim)
+    moved = torch.linalg.vector_norm(x + d, 2, dim, keepdim)
+    return torch.where(squares == 0, 0.0, squares / (y + moved))
+
+
+# The ``change(y, x, d)`` of each power that has one without cancellation, by its exponent.
+POWERS: dict[float, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    2: lambda y, x, d: d * (2 * x + d),
+    3: lambda y, x, d: d * (3 * x * (x + d) + d * d),
+    0.5: d_sqrt,
+    -0.5: d_rsqrt,
+    -1: d_reciprocal,
+}
+
 # The ``change(y, x, d)`` of each operation, by its name.
 CHANGES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "exp": d_exp,

@@ -26,7 +26,7 @@ from ..blocks import RowFn
 from ..precision import products
 from ..tree import Params, check_direction, tree_map
 from .carrier import Carrier, Operation, Rule, Scope, has_carrier, nested_map, table, value_of
-from .elementwise import CHANGES, d_gelu, d_logsumexp, d_reciprocal, d_rsqrt, d_sqrt
+from .elementwise import CHANGES, POWERS, d_gelu, d_logsumexp, d_norm
 from .linear import LINEAR, add
 from .nested_jvp import layer_norm
 
@@ -270,24 +270,24 @@ def _divided(op: Operation, a: Any, other: Any) -> Pair:
     return _divide(lambda x, y: op(y, x), other, a)
 
 
-# The ``change(y, x, d)`` of each power that has one without cancellation, by its exponent.
-_POWERS: dict[float, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    2: lambda y, x, d: d * (2 * x + d),
-    3: lambda y, x, d: d * (3 * x * (x + d) + d * d),
-    0.5: d_sqrt,
-    -0.5: d_rsqrt,
-    -1: d_reciprocal,
-}
-
-
 def _power(op: Operation, a: Any, exponent: Any) -> Pair:
     if not isinstance(a, Increment) or isinstance(exponent, Tensor):
         return NotImplemented
-    change = _POWERS.get(exponent)
+    change = POWERS.get(exponent)
     if change is None:
         return NotImplemented
     y = op(a.x, exponent)
     return y, change(y, a.x, a.d)
+
+
+def _norm(
+    op: Operation, a: Any, p: Any = 2, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Pair:
+    p = kwargs.pop("ord", p)
+    if p not in (None, 2, "fro") or not isinstance(dim, int) or kwargs:
+        return NotImplemented
+    y = torch.linalg.vector_norm(a.x, 2, dim, keepdim)
+    return y, d_norm(y, a.x, a.d, dim, keepdim)
 
 
 def _clamp(op: Operation, a: Any, min: Any = None, max: Any = None) -> Pair:
@@ -386,6 +386,7 @@ RULES: dict[Operation, Rule] = table(
         "pow": _power,
         "dropout": _dropout,
         "clamp": _clamp,
+        "norm": _norm,
         "amax": _amax,
         "maximum": _maximum,
         "topk": _topk,
