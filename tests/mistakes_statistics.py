@@ -218,3 +218,36 @@ def the_sample_size_of_the_mean_weight(right, logw):
 @mistake("statistics.weights.kl", "test_uncertainty.py::test_the_kl_is_the_enumerated_one")
 def the_divergence_the_other_way_round(right, logw, logb=None):
     return (logw.softmax(-1) * (logw - logw.mean(-1, keepdim=True))).sum(-1)
+
+
+# Whose draws the rows are
+
+POLICY = "test_policy_test.py::test_the_test_by_hand"
+
+
+@mistake("statistics.policy_test.policy_test", POLICY)
+def responses_of_a_prompt_are_independent_draws_of_the_policy(right, scores, batch):
+    alone = SimpleNamespace(response=batch.response, group=torch.arange(len(batch.group)))
+    return right(scores, alone)
+
+
+@mistake("statistics.policy_test.policy_test", POLICY)
+def likelier_rows_have_the_wrong_sign(right, scores, batch):
+    out = right(scores, batch)
+    return out._replace(t=-out.t, nats=-out.nats)
+
+
+@mistake(
+    "statistics.policy_test.least_variance",
+    "test_policy_test.py::test_equal_sums_do_not_make_a_certain_alarm",
+)
+def a_spread_by_chance_too_small_is_believed(right, entropy):
+    return 0 * right(entropy)
+
+
+@mistake(
+    "statistics.uncertainty.t_pvalue",
+    "test_policy_test.py::test_students_p_is_the_closed_form",
+)
+def a_normal_p_for_few_prompts(right, t, df):
+    return 2 * NormalDist().cdf(-abs(t)) if df > 0 else right(t, df)
