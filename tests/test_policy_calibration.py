@@ -12,14 +12,14 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.statistics.policy_test import LEVEL
+from funcprobe.statistics.doubts import LEVEL
 from funcprobe.statistics.uncertainty import t_pvalue
 from funcprobe.statistics.weights import mean_weight_z
 
 pytestmark = pytest.mark.slow
 
 KINDS, STATES, VOCABULARY, LENGTH, COPIES = 40, 32, 8, 20, 4
-BATCHES = {4: 2000, 8: 2000, 32: 1000, 128: 500}  # by the number of prompts
+BATCHES = {4: 3000, 8: 3000, 32: 2000, 128: 1000}  # by the number of prompts
 USUAL, CERTAIN = 2.0, 20.0  # the logits' scale; the second gives 0.07 nats a token
 
 
@@ -32,19 +32,18 @@ def policy(scale):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     sharp = scale * torch.exp(0.4 * normal(KINDS))
-    logits = sharp[:, None, None] * (
-        normal(STATES, VOCABULARY) + 0.5 * normal(KINDS, 1, VOCABULARY)
-    )
+    table = normal(STATES, VOCABULARY) + 0.5 * normal(KINDS, 1, VOCABULARY)
+    logits = sharp[:, None, None] * table
     logits[..., 0] += normal(KINDS)[:, None] - scale / 2
     return logits, scale * normal(STATES, VOCABULARY)
 
 
-def sample(scale, prompts, batches, *, sampling=fp.Sampling(), seed=0):
-    """Scores and derivatives of log-probability along the direction, [batches, N, R], and rows."""
+def sample(scale, prompts, batches, *, eta=1e-6, sampling=fp.Sampling(), seed=0):
+    """Scores, changes of log-probability along the direction, [batches, N, R], and rows."""
     logits, v = policy(scale)
     logp = logits.log_softmax(-1)
     entropy = -torch.where(logp.exp() > 0, logp.exp() * logp, 0.0).sum(-1)
-    score = v - (logp.exp() * v).sum(-1, keepdim=True)
+    change = (logits + eta * v).log_softmax(-1) - logp
     tempered = logits / sampling.temperature
     q = tempered.masked_fill(~sampling.possible(tempered), -torch.inf).softmax(-1)
     generator = torch.Generator().manual_seed(seed)
@@ -55,7 +54,7 @@ def sample(scale, prompts, batches, *, sampling=fp.Sampling(), seed=0):
     for _ in range(LENGTH):
         token = torch.multinomial(q[kind, state], 1, generator=generator)[:, 0]
         at = kind, state
-        read = logp[(*at, token)], entropy[at], score[(*at, token)]
+        read = logp[(*at, token)], entropy[at], change[(*at, token)]
         columns.append([*(torch.where(alive, x, 0.0) for x in read), alive])
         alive = alive & (token != 0)
         state = (7 * state + 5 * token + 1) % STATES
@@ -67,10 +66,9 @@ def alarms(scale, prompts, *, spread=0.05, batches=None, **options):
     """How often each of the two tests rejects, and either does."""
     batches = batches or BATCHES[prompts]
     group = torch.arange(prompts).repeat_interleave(COPIES)
-    logp, entropy, score, response = sample(scale, prompts, batches, **options)
-    moved = score.sum(-1)
-    moved = moved * spread / moved.std()
-    z = mean_weight_z(moved, group)
+    eta = 1e-6 * spread / float(sample(scale, 32, 20)[2].sum(-1).std())
+    logp, entropy, change, response = sample(scale, prompts, batches, eta=eta, **options)
+    z = mean_weight_z(change.sum(-1), group)
     by_weight = torch.tensor([t_pvalue(float(x), prompts - 1) < LEVEL for x in z])
     by_policy = torch.tensor(
         [

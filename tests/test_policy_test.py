@@ -76,6 +76,13 @@ def test_equal_sums_do_not_make_a_certain_alarm():
     assert got.t == pytest.approx(want, rel=1e-5) and not got.rejects
 
 
+def test_impossible_draws_of_a_certain_policy_are_certain():
+    scores, batch = rows([[-1.0], [-1.0]], [[0.0], [0.0]], [0, 1])
+    got = fp.policy_test(scores, batch)
+    assert got.t == math.inf and got.p == 0 and got.rejects
+    assert fp.policy_test(*rows([[0.0], [0.0]], [[0.0], [0.0]], [0, 1])).p == 1
+
+
 def test_the_least_variance_is_below_that_of_every_distribution():
     generator = torch.Generator().manual_seed(0)
     for tokens in (2, 3, 4, 7, 12):

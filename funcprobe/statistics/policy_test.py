@@ -10,7 +10,7 @@ from .estimators import Estimator, Rows
 from .inputs import Scored, read
 from .uncertainty import ONE_PROMPT, by_group, t_pvalue
 
-LEVEL = 0.005  # below this p a test of the policy rejects; two such tests together are below 1%
+LEVEL = 0.005  # below this p the test rejects
 ENOUGH = 8  # prompts, below which only gross differences are seen
 
 
@@ -114,7 +114,7 @@ def policy_test(scores: Scored, batch: Rows) -> PolicyTest:
     if g < 2:
         return PolicyTest(math.nan, 0, math.nan, nats)
     variance = max(float(sums.var()) * g, float(least_variance(entropy[response]).sum()))
-    t = total / math.sqrt(variance) if total else 0.0
+    t = total / math.sqrt(variance) if variance else math.copysign(math.inf if total else 0, total)
     return PolicyTest(t, g - 1, t_pvalue(t, g - 1), nats)
 
 
