@@ -244,3 +244,19 @@ def only_the_mean_of_the_rows_is_compared(right, whole, parts):
 )
 def a_rate_may_underflow(right, v, params, etas):
     pass
+
+
+@mistake(
+    "calculus.derivatives.check_derivative",
+    "test_derivative.py::test_what_needs_the_true_derivative_is_refused_by_name",
+)
+def a_false_derivative_is_taken_for_a_true_one(right, where, fn):
+    return None
+
+
+@mistake(
+    "calculus.transforms.elementwise.d_norm",
+    "test_derivative.py::test_doras_secant_is_its_slope[dtype0-1e-08]",
+)
+def the_change_of_a_norm_is_that_of_its_square(right, y, *args):
+    return right(y, *args) * y

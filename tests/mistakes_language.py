@@ -192,3 +192,11 @@ def blocks_come_with_the_order_of_the_rows_as_they_were(right, batch, **options)
 def every_ratio_outside_the_range_is_clipped(right, logp, batch, recipe):
     outside = right(logp, batch._replace(advantage=batch.advantage.abs()), recipe)
     return outside | right(logp, batch._replace(advantage=-batch.advantage.abs()), recipe)
+
+
+CAUGHT = "test_derivative.py::test_dora_is_caught_on_a_bfloat16_base"
+
+
+@mistake("language.model.derivative._reason", CAUGHT)
+def every_derivative_is_that_of_the_values(right, *args):
+    return ""

@@ -10,8 +10,10 @@ from torch.overrides import TorchFunctionMode
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
 _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_FACTORIES = (torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange)
-_FACTORIES += (torch.linspace, torch.tensor, torch.rand, torch.randn)
+_FACTORIES: tuple[Callable[..., Any], ...] = (
+    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange),
+    *(torch.linspace, torch.tensor, torch.rand, torch.randn),
+)
 _METADATA = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride)
 
 
