@@ -130,6 +130,20 @@ def test_a_function_whose_rows_depend_on_each_other_is_refused_in_blocks(verb, f
     VERBS[verb](product, batch, rows=1)
 
 
+def test_where_memory_runs_out_fewer_rows_are_checked():
+    calls = []
+
+    def limited(params, batch):
+        calls.append(len(batch.x))
+        if len(batch.x) > 2:
+            raise RuntimeError("out of memory")
+        return unseparable(params, batch)
+
+    with pytest.raises(ValueError, match="2 rows computed in two parts differ"):
+        fp.evaluate(limited, PARAMS, Forwards(torch.arange(1.0, 9.0)), rows=4)
+    assert calls == [4, 2, 1, 1]
+
+
 def test_a_sum_over_rows_has_no_place_for_them():
     with pytest.raises(ValueError, match="lead with their rows .*reduces over its rows"):
         fp.evaluate(summed, PARAMS, Forwards(torch.arange(1.0, 9.0)), rows="all")

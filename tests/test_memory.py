@@ -30,6 +30,7 @@ def limited(fn, most, message=MESSAGES[0]):
         calls.append((len(batch.tokens), lanes))
         return fn(params, batch)
 
+    run.separable = True
     return run, calls
 
 

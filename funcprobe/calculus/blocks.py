@@ -263,9 +263,17 @@ def check_separable(fn: RowFn, params: Params, block: Tree) -> None:
     if is_separable(fn) or n < 2 or not all_concrete(params, block):
         return
     order = torch.cat([torch.arange(0, n, 2), torch.arange(1, n, 2)])
-    with torch.no_grad(), exact():
-        whole = fn(params, block)
-        halves = [fn(params, tree_map(lambda leaf, k=k: leaf[k::2], block)) for k in (0, 1)]
+    try:
+        with torch.no_grad(), exact():
+            whole = fn(params, block)
+            halves = [fn(params, tree_map(lambda leaf, k=k: leaf[k::2], block)) for k in (0, 1)]
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        whole = None
+    if whole is None:  # fewer rows tell as much
+        check_separable(fn, params, next(blocks(block, n // 2)))
+        return
     sizes = [[len(leaf) if leaf.ndim else 0 for leaf in leaves(out)] for out in (whole, *halves)]
     expected = (n, n - n // 2, n // 2)
     if any(set(counts) - {rows} for counts, rows in zip(sizes, expected, strict=True)):

@@ -31,7 +31,10 @@ def read_lines(reader: str, path: str | Path) -> list[Record]:
             "path is misspelt, or it is relative to another folder. Pass its full path."
         ) from error
     except OSError as error:
-        raise OSError(f"{reader}: {path} cannot be read: {error.strerror}.") from error
+        raise OSError(
+            f"{reader}: a file of JSON lines was expected at {path}, but it cannot be read: "
+            f"{error.strerror}. Likely two paths were swapped, or it is another user's."
+        ) from error
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise ValueError(f"{reader}: {path} holds no rows. JSON objects were expected, one a line.")
