@@ -228,12 +228,12 @@ def the_bound_lacks_its_margin(right, *args):
 ROWS = "test_blocks.py::test_a_function_whose_rows_depend_on_each_other_is_refused_in_blocks"
 
 
-@mistake("calculus.blocks.checked", ROWS)
+@mistake("calculus.separable.checked", ROWS)
 def dependent_rows_are_cut_into_blocks(right, parts, fn, params):
     yield from parts
 
 
-@mistake("calculus.blocks._distance", ROWS)
+@mistake("calculus.separable._distance", ROWS)
 def only_the_mean_of_the_rows_is_compared(right, whole, parts):
     return right(whole.mean(0, keepdim=True), parts.mean(0, keepdim=True))
 

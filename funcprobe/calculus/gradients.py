@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import REVERSE, RowFn, RowsPerBlock, blockwise, check_separable, checked, cut, fitting
+from .blocks import REVERSE, RowFn, RowsPerBlock, blockwise, cut, fitting
 from .precision import exact
+from .separable import check_separable, checked
 from .tree import Params, check_direction, leaves, merge, size, tree_map
 
 

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .blocks import Cuttable, RowFn, RowsPerBlock, is_separable
+from .blocks import Cuttable, RowFn, RowsPerBlock
 from .derivatives import check_derivative
 from .gradients import gradient
+from .separable import is_separable
 from .tree import (
     Params,
     Tree,
