@@ -251,3 +251,30 @@ def a_spread_by_chance_too_small_is_believed(right, entropy):
 )
 def a_normal_p_for_few_prompts(right, t, df):
     return 2 * NormalDist().cdf(-abs(t)) if df > 0 else right(t, df)
+
+
+# Tails
+
+
+@mistake(
+    "statistics.tails.skewness",
+    "test_tails.py::test_the_skewness_does_not_change_with_scale_or_order_and_counts_prompts_from_20_on",
+)
+def prompts_are_taken_for_independent_rows(right, psi, group):
+    return right(psi, torch.zeros_like(group))
+
+
+@mistake(
+    "statistics.tails.heavy_weights",
+    "test_tails.py::test_a_tail_of_weights_that_hardly_move_leaves_no_point_out",
+)
+def weights_that_hardly_move_are_doubted(right, khat, ess, rows):
+    return right(khat, torch.zeros_like(ess), rows)
+
+
+@mistake(
+    "statistics.tails.lopsided",
+    "test_tails.py::test_points_whose_error_hangs_on_few_responses_are_left_out_unless_it_cannot_matter",
+)
+def only_one_side_of_an_error_is_doubted(right, skew):
+    return right(skew.clamp(min=0))
