@@ -20,7 +20,7 @@ from . import attention
 from .forward import Forward, Params
 from .skeleton import causal_model
 
-_SHORT, _LONG = 7, 64  # tokens in the rows that a module must read alike; blocks divide no prime
+_SHORT, _LONG = 7, 24  # tokens in the rows that a module must read alike; blocks divide no prime
 _FAR = 2**24  # a position beyond every rotary table
 
 
