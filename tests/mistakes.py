@@ -118,7 +118,7 @@ class Hunter:
                 self.missed[mistake.name] = f"it raises {error!r}"
 
     def _of(self, item) -> list[Mistake]:
-        name = item.nodeid.rpartition("/")[2]
+        name = f"{item.path.relative_to(TESTS)}::{item.nodeid.partition('::')[2]}"
         names = {name, name.partition("[")[0]}
         return [m for m in self.mistakes.values() if names & set(m.tests)]
 

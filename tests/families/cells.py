@@ -45,7 +45,7 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     # Refused, because the model sees more than a causal policy may.
     ("gemma3_bidirectional", "LoRA"): dict(refused="later", says="it sees later tokens"),
     ("xlm", "LoRA"): dict(refused="later", says="it sees later tokens"),
-    ("hrm", "LoRA"): dict(false_derivative="Hrm"),
+    ("hrm", "LoRA"): dict(false_derivative="derivative of the logits"),
     ("llama_dynamic", "LoRA"): dict(longest=64),
     ("qwen2_dynamic", "LoRA"): dict(longest=64),
     ("phi3_long", "LoRA"): dict(longest=64),

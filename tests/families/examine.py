@@ -99,8 +99,8 @@ def examine(
         return found
     finally:
         found.seconds = perf_counter() - start
-    found.false_derivative = getattr(model, "false_derivative", "")
-    found.longest, found.shares = getattr(model, "longest", None), model.shares
+    found.false_derivative = model.false_derivative
+    found.longest, found.shares = model.longest, model.shares
     _Examination(found, module, model, params, base, batch(longest)).run(checks)
     return found
 

@@ -7,7 +7,7 @@ import examine
 import pytest
 import torch
 from peft import LoraConfig, TrainableTokensConfig, get_peft_model
-from zoo import build, moved
+from zoo import WIDE, build, moved
 
 import funcprobe as fp
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' own
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("tokens", [[3, 9], [3, 4095, 4096]])
+@pytest.mark.parametrize("tokens", [[3, 9], [WIDE - 1], [3, 4095, 4096]])
 def test_trained_tokens_of_a_tied_head(family, tokens):
     module = build(f"{family}_wide", "none")
     module = get_peft_model(module, TrainableTokensConfig(token_indices=tokens))
@@ -37,7 +37,7 @@ def test_trained_tokens_of_embeddings_and_head_apart():
     examine.right(moved(get_peft_model(module, config)))
 
 
-@pytest.mark.parametrize("adapter", ["MiSS", "RoAd", "LoKr", "BOFT"])
+@pytest.mark.parametrize("adapter", ["MiSS", "RoAd", "LoKr", "BOFT", "VBLoRA"])
 def test_an_adapter_on_a_head_that_is_no_row_for_each_token(adapter):
     examine.right(build("llama_wide", f"{adapter} head"))
 
@@ -128,12 +128,30 @@ class Mixes(torch.nn.Module):
         )
 
 
+class WillMix(torch.nn.Module):
+    """The B of a LoRA layer, 0 as long as it is fresh, that gives each token the next one's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.weight, self.bias = inner.weight, None
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight).roll(-1, -2)
+
+
 @pytest.mark.parametrize("how", ["next", "mean", "last", "rows"])
 def test_a_layer_that_mixes_tokens(how):
     module = build("llama")
     layer = module.get_base_model().model.layers[0]
     layer.mlp = Mixes(layer.mlp, how)
     examine.refused(module, "(later|causal|row)")
+
+
+def test_a_fresh_adapter_that_will_mix_tokens_when_it_moves():
+    module = build("llama", fresh=True)
+    adapter = module.get_base_model().model.layers[0].mlp.down_proj.lora_B
+    adapter["default"] = WillMix(adapter["default"])
+    examine.refused(module, "later")
 
 
 # 5. An adapter that acts outside the part that is split off

@@ -235,7 +235,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             original_max_position_embeddings=64,
             rope_parameters=_rope(
                 "longrope",
-                short_factor=[1.0, 1.1, 1.2, 1.3],
+                short_factor=[1.0, 1.125, 1.25, 1.5],
                 long_factor=[2.0, 2.5, 3.0, 4.0],
                 original_max_position_embeddings=64,
             ),

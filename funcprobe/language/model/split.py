@@ -167,19 +167,20 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     skeleton, names = make_skeleton(module)
     float64 = _all_float64(tensors)
     ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
-    checks.check_state(eager, params, base)  # first: what keeps state differs from itself
+    point = checks.generic(params)  # where a fresh adapter does what it will do when it has moved
+    checks.check_state(eager, point, base)  # first: what keeps state differs from itself
     check_hooks(module, eager, params, base)
-    checks.check_causal(eager, params, base)
-    checks.check_head(eager, checks.generic(params), base)
-    forward = ours if checks.attends_alike(ours, eager, params, base) else eager
+    checks.check_causal(eager, point, base)
+    checks.check_head(eager, point, base)
+    forward = ours if checks.attends_alike(ours, eager, point, base) else eager
     causal: Any = causal_model(skeleton)
     limit = rotary.limit(skeleton)
     model = Model(
         forward=forward,
         implementation=getattr(module.config, "_attn_implementation", None),
         vocabulary=causal.get_output_embeddings().weight.shape[0],
-        sliced=checks.slices_alike(forward, checks.generic(params), base),
-        shares=checks.longest_shared(forward, apart, params, base),
+        sliced=checks.slices_alike(forward, point, base),
+        shares=checks.longest_shared(forward, apart, point, base),
         longest=limit and limit.longest,
         trainable=len(params),
         false_derivative=check_derivative(forward, params, base),
