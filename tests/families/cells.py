@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
 _LINEAR_ONLY = dict(raises="is not supported|not supported, currently only")
 _WRITES = "writes a changing tensor"
-_NO_SETUP = dict(raises="setup_context")
+_NO_GRADIENT = dict(refused="gradient torch.func can take", says="torch.func has no gradient of it")
 
 EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     # Increments are subtractions in the operations that have no rule.
@@ -67,13 +67,13 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "BOFT head": dict(fallbacks=("block_diag", "linalg_solve", "to")),
         "VBLoRA": dict(fallbacks=("__getitem__",)),
         "VBLoRA head": dict(fallbacks=("__getitem__",)),
-        "DoRA": dict(false_derivative="DoRA", fallbacks=("linalg_norm",)),
-        "DoRA last": dict(false_derivative="DoRA", fallbacks=("linalg_norm",)),
-        "DoRA head": dict(false_derivative="DoRA", fallbacks=("linalg_norm",)),
+        "DoRA": dict(false_derivative="DoRA"),
+        "DoRA last": dict(false_derivative="DoRA"),
+        "DoRA head": dict(false_derivative="DoRA"),
         "DeLoRA": dict(increments=_WRITES, lanes="broadcast shape"),
         "OFT": dict(increments=_WRITES, lanes="vmap: index_put_"),
-        "C3A": _NO_SETUP,
-        "LoHa": _NO_SETUP,
+        "C3A": _NO_GRADIENT,
+        "LoHa": _NO_GRADIENT,
         "aLoRA": dict(refused="aLoRA", says="it reads the tokens"),
         "aLoRA beside": dict(refused="aLoRA", says="it reads the tokens"),
         "prompt": dict(refused="prompt learning", says="it changes the tokens"),
