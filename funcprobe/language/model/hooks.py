@@ -44,9 +44,10 @@ def check_hooks(module: nn.Module, forward: Forward, params: Params, base: Param
     for name, parameter in module.named_parameters():
         if name in params:
             _try_gradient_hooks(name, parameter, params[name])
-    scratch = _scratch(forward)
-    if not (names := _attach(module, scratch)):
+    if not any(getattr(part, hooks) for part in module.modules() for hooks, *_ in _HOOKS):
         return
+    scratch = _scratch(forward)
+    names = _attach(module, scratch)
     hooked, plain = (_outcome(part, forward, params, base) for part in (scratch, _scratch(forward)))
     rounding = max(torch.finfo(x.dtype).eps for x in (*hooked, *base.values()) if _floats(x)) ** 0.5
     pairs = zip(hooked, plain, strict=True)
