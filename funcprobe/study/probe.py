@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -253,7 +254,7 @@ def _slope(setup: Setup, plan: Plan) -> Terms | None:
     params = setup.checkpoint.params
     eta = slope_eta(setup, plan)
 
-    def along_v(block: Batch) -> Terms:
+    def along_v(block: Batch) -> tuple[Any, ...]:
         if eta is None:
             return taylor(setup.score, params, plan.v, block, rows="all")
         return secant(setup.score, params, plan.v, block, eta, rows="all")

@@ -165,14 +165,13 @@ class _Examination:
         there = fp.shift(self.params, self.v, ETA)
         return torch.stack(self.score(there, self.batch)), self.there
 
-    def direct(self) -> tuple[Tensor, Tensor]:
-        got = fp.sweep(self.score, self.params, self.v, [ETA, -0.5 * ETA], self.batch)
-        self.swept = torch.stack(got.change)
-        return self.swept[:, 0], self.there - self.here
+    def direct(self, **options) -> tuple[Tensor, Tensor]:
+        etas = [ETA, -0.5 * ETA]
+        got = fp.sweep(self.score, self.params, self.v, etas, self.batch, **options)
+        return torch.stack(got.change)[:, 0], self.there - self.here
 
     def lanes(self) -> tuple[Tensor, Tensor]:
-        one = fp.sweep(self.score, self.params, self.v, [ETA, -0.5 * ETA], self.batch, lanes=1)
-        return self.swept, torch.stack(one.change).double()
+        return self.direct(lanes=1)
 
     def gradient(self) -> tuple[Tensor, Tensor]:
         weights = Numbers(self.batch.weight, self.batch.ref_logp)
