@@ -48,7 +48,7 @@ def setting(request):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    monkeypatch.setattr(score_module, "_WIDTH", 23)  # three slices, the last a shorter one
+    monkeypatch.setattr(score_module, "WIDTH", 23)  # three slices, the last a shorter one
 
 
 def from_logits(s, temperature=1.0):
@@ -303,6 +303,8 @@ class Head:
     """A stand-in for a model: hidden states from a table that moves, a frozen head."""
 
     head_names = ("weight",)
+    sliced = True
+    false_derivative = ""
 
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
@@ -318,7 +320,7 @@ class Head:
 
 
 def peak(transform, vocabulary, n, r, monkeypatch, k=2):
-    monkeypatch.setattr(score_module, "_WIDTH", 64)
+    monkeypatch.setattr(score_module, "WIDTH", 64)
     monkeypatch.setattr(score_module, "_CHUNK_BYTES", 64 * 64 * 4)
     generator = torch.Generator().manual_seed(0)
     params = {"table": torch.randn(r + 1, 2, generator=generator)}

@@ -78,7 +78,7 @@ def test_slices_of_the_vocabulary_give_what_all_of_it_gives(width):
 def test_a_large_vocabulary_is_read_in_slices(monkeypatch):
     case, batch = cases.case("llama", torch.float64), cases.batch()
     want = fp.scorer(case.model, case.base)(case.params, batch)
-    monkeypatch.setattr(score_module, "_WIDTH", 7)
+    monkeypatch.setattr(score_module, "WIDTH", 7)
     for x, y in zip(fp.scorer(case.model, case.base)(case.params, batch), want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .head.rematerialise import Tensors, closed, rematerialise
-from .head.softmax import WIDTH as _WIDTH
-from .head.softmax import head_scores, logp_and_entropy
+from .head.softmax import WIDTH, head_scores, logp_and_entropy
 from .model.split import Model, Params
 from .sampling import Sampling
 from .summaries import summary
@@ -187,7 +186,7 @@ class _Scorer:
     def _chunks(self, count: int) -> Iterator[slice]:
         """Slices of the response positions, each of which goes through the head at once."""
         vocabulary = self.model.vocabulary
-        width = min(_WIDTH, vocabulary) if self._sliced else vocabulary
+        width = min(WIDTH, vocabulary) if self._sliced else vocabulary
         rows = self.chunk or max(_CHUNK_BYTES // (4 * width), 1)
         return (slice(start, start + rows) for start in range(0, count, rows))
 
@@ -204,7 +203,7 @@ class _Scorer:
         """
         if self._sliced:
             vocabulary = self.model.vocabulary
-            width = min(_WIDTH, vocabulary)
+            width = min(WIDTH, vocabulary)
             return head_scores(
                 self._logits, hidden[0], target, heads[0], vocabulary=vocabulary, width=width
             )
