@@ -59,7 +59,7 @@ def attends_alike(ours: Forward, eager: Forward, params: Params, base: Params) -
 
 @torch.no_grad()
 def check_state(forward: Forward, params: Params, base: Params) -> None:
-    """A module that has run gives what a new copy gives: equal inputs give equal bits.
+    """A module that has run gives what a new copy gives: equal inputs give equal bits on a CPU.
 
     The copy runs a short row, a long one, one at positions beyond every rotary table, and the short
     and the long row again.
@@ -69,19 +69,22 @@ def check_state(forward: Forward, params: Params, base: Params) -> None:
     """
     device = next(iter(params.values())).device
     short, long = (_row(length, device) for length in (_SHORT, _long(forward)))
-    used, new = replace(forward), replace(forward)
-    before = used.states(params, base, short)
-    used.states(params, base, long)
+    new = replace(forward)
+    before = forward.states(params, base, short)
+    forward.states(params, base, long)
     # Learned positions are a table: an index beyond it raises on a CPU, and elsewhere it would end
     # the process, so that there only rotary embeddings go so far.
     if device.type == "cpu" or _rotates(forward):
         with suppress(Exception):
-            used.states(params, base, _far(short))
+            forward.states(params, base, _far(short))
     pairs = (
-        (used.states(params, base, short), before),
-        (used.states(params, base, long), new.states(params, base, long)),
+        (forward.states(params, base, short), before),
+        (forward.states(params, base, long), new.states(params, base, long)),
     )
-    if not all(torch.equal(a, b) for a, b in pairs):
+    # Off the CPU some kernels add in no fixed order, so that equal inputs may differ by rounding.
+    exact = device.type == "cpu"
+    same = (torch.equal(a, b) if exact else _alike(a, b, params | base) for a, b in pairs)
+    if not all(same):
         raise ValueError(
             f"split: a forward pass that depends on its inputs alone was expected, that of "
             f"{_name(forward)} gives another result after other rows: its forward keeps state "

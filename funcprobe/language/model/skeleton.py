@@ -80,14 +80,15 @@ def make_skeleton(module: nn.Module) -> tuple[nn.Module, dict[int, str]]:
 
 
 def duplicate(skeleton: nn.Module) -> nn.Module:
-    """A copy of a skeleton, with modules of its own and the same tensors.
+    """A copy of a skeleton, with modules of its own, the same tensors and no hooks either.
 
     It computes nothing, so it may be made within any transform.
     """
-    tensors = [*skeleton.parameters(), *skeleton.buffers()]
+    shared: list[Any] = [*skeleton.parameters(), *skeleton.buffers()]
     for part in skeleton.modules():
-        tensors += [value for value in vars(part).values() if isinstance(value, Tensor)]
-    return copy.deepcopy(skeleton, {id(tensor): tensor for tensor in tensors})
+        shared += [value for value in vars(part).values() if isinstance(value, Tensor)]
+        shared += [getattr(part, hooks) for hooks in _HOOKS]  # empty, and most of what there is
+    return copy.deepcopy(skeleton, {id(item): item for item in shared})
 
 
 def fill(skeleton: nn.Module, params: dict[str, Tensor], base: dict[str, Tensor]) -> nn.Module:
