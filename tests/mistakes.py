@@ -97,6 +97,12 @@ class Hunter:
         """Keeps the tests that a mistake names."""
         items[:] = [item for item in items if self._of(item)]
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        """Skips a test that can catch nothing more."""
+        if all(mistake.name in self.caught for mistake in self._of(item)):
+            pytest.skip("all its mistakes are caught")
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
         """Runs a test, which must pass, and again under its mistakes, until they are caught."""

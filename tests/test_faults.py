@@ -17,6 +17,7 @@ import funcprobe as fp
 from funcprobe import cli
 from funcprobe.calculus.tree import merge
 from funcprobe.cli import bundled
+from funcprobe.language.model.positions import positions
 from funcprobe.language.objectives import clipped
 from funcprobe.wording import ALIASES, in_flags
 
@@ -195,7 +196,7 @@ def test_swapped_arguments_are_named(checkpoint, few):
 def test_rows_beyond_a_table_of_positions_are_refused_and_others_are_flagged(family):
     checks = importlib.import_module("funcprobe.study.checks")
     model = cases.case(family).model
-    limit = checks.positions(model)
+    limit = positions(model.skeleton)
     batch = fp.collate([[5] * limit, [5]], [[6], [7]])
     assert checks.rows_beyond(batch, model).tolist() == [0]
     assert checks.rows_beyond(batch.rows(slice(1, 2)), model).tolist() == []

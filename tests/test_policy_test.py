@@ -174,7 +174,7 @@ ETAS = [0.0, 1e-5]
 def test_true_draws_raise_no_doubt(checkpoint, small, report, drawn):
     assert not doubts_about_e(report) and not report.policy.rejects
     assert (
-        f"policy test: the rows may be draws of the scored policy ({report.policy.nats:+.2g}"
+        f"Policy test: the rows may be draws of the scored policy ({report.policy.nats:+.2g}"
         in (str(report))
     )
     assert "may be draws" in report._repr_html_()
@@ -238,7 +238,7 @@ def test_rows_weighted_by_records_of_another_policy_are_not_tested(checkpoint, s
         checkpoint, prompts, samples=2, max_new_tokens=24, seed=0, sampling=fp.Sampling(0.7)
     )
     result = fp.probe(checkpoint, small[0], rows, ETAS, off_policy=True)
-    assert result.policy is None and "policy test" not in str(result)
+    assert result.policy is None and "Policy test" not in str(result)
     assert result.to_dict()["policy_test"] is None and not doubts_about_e(result)
 
 

@@ -75,8 +75,8 @@ def scorer(
     Args:
         model, base: what `split` gave.
         sampling: the policy's temperature, top-p, top-k and min-p.
-        support: the parameters that decide which tokens are possible. They are required if
-            ``sampling.truncates``, and cost one more forward pass.
+        support: the parameters that decide which tokens are possible. If ``sampling.truncates``
+            they are required, and cost one more forward pass; otherwise they are not used.
         readout: ``(logits [T, V], target [T]) -> [T]``, a function of its arguments alone. Its
             logits are divided by the temperature, and -inf at impossible tokens; see `readouts`.
         reference: parameters that stay fixed. The readout gets their logits, under the same

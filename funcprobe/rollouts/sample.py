@@ -274,8 +274,7 @@ def _collate(ids: list[list[int]], draws: _Draws) -> Batch:
 def _rescored(sampler: _Sampler, batch: Batch, tolerance: float) -> Batch:
     """The batch with the scorer's log-probabilities, which must agree with the sampler's."""
     policy, params, sampling = sampler.policy, sampler.params, sampler.sampling
-    support = params if sampling.truncates else None
-    score = scorer(policy.model, policy.base, sampling=sampling, support=support)
+    score = scorer(policy.model, policy.base, sampling=sampling, support=params)
     batch = batch.to(next(iter(params.values())).device)
     logp = evaluate(score, params, batch).logp.double()
     off = torch.where(batch.response, (logp - batch.old_logp).abs(), 0.0)

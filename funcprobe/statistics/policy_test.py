@@ -41,11 +41,11 @@ class PolicyTest(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.p):
             return (
-                f"policy test: whether the rows are draws of the scored policy is unknown. "
+                f"Policy test: whether the rows are draws of the scored policy is unknown. "
                 f"-logp - H is {self.nats:+.2g} nats a token, with {ONE_PROMPT}."
             )
         verdict = "are not" if self.rejects else "may be"
-        text = f"policy test: the rows {verdict} draws of the scored policy {self.evidence()}."
+        text = f"Policy test: the rows {verdict} draws of the scored policy {self.evidence()}."
         if self.weak and not self.rejects:
             text += (
                 f" With {self.df + 1} prompts only gross differences are seen: evaluate on "

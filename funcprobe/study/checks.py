@@ -2,13 +2,13 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..calculus.interpolation import check_nodes
 from ..language.batch import Batch, unknown_rows
+from ..language.model.positions import has_table, positions
 from ..language.model.split import Model
 from ..language.objectives import prepare
 from ..training.checkpoint import Checkpoint
@@ -132,11 +132,11 @@ def _check_tokens(name: str, batch: Batch, model: Model) -> None:
 def _check_positions(name: str, batch: Batch, model: Model) -> None:
     """Refuses rows for which a model with a table of positions has none left."""
     longer = rows_beyond(batch, model)
-    if len(longer) and has_position_table(model.skeleton):
+    if len(longer) and has_table(model.skeleton):
         row = int(longer[0])
         raise ValueError(
-            f"probe: rows of at most {positions(model)} tokens were expected, the model's table of "
-            f"positions holds no more, but row {row} of {name} has "
+            f"probe: rows of at most {positions(model.skeleton)} tokens were expected, the model's "
+            f"table of positions holds no more, but row {row} of {name} has "
             f"{int(batch.attention[row].sum())}. Likely it was sampled from another model. Leave "
             "out such rows."
         )
@@ -156,24 +156,9 @@ def _check_logp(name: str, batch: Batch) -> None:
             )
 
 
-def positions(model: Model) -> int | None:
-    """How many positions the model's configuration says that it was made for, if it does."""
-    config: Any = model.skeleton.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
-
-
 def rows_beyond(batch: Batch, model: Model) -> Tensor:
-    """The rows that are longer than `positions` says, as indices."""
-    limit = positions(model)
+    """The rows that are longer than the model was made for, as indices."""
+    limit = positions(model.skeleton)
     if limit is None:
         return torch.empty(0, dtype=torch.int64)
     return (batch.attention.sum(1) > limit).nonzero().flatten()
-
-
-def has_position_table(skeleton: nn.Module) -> bool:
-    """Whether the model reads positions from a table (GPT-2, OPT, GPT-J), which ends somewhere."""
-    names = ("wpe", "embed_positions", "position_embeddings", "position_embedding")
-    tensors = (*skeleton.named_parameters(), *skeleton.named_buffers())
-    return any(part in names for name, _ in tensors for part in name.split("."))

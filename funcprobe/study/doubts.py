@@ -8,6 +8,7 @@ import torch
 from ..calculus.results import Sweep
 from ..calculus.tree import norm
 from ..language.batch import Batch
+from ..language.model.positions import positions
 from ..language.model.split import Model
 from ..language.objectives import clipped
 from ..language.recipes import Recipe, as_recipe
@@ -15,34 +16,36 @@ from ..statistics.doubts import another_policy
 from ..statistics.policy_test import PolicyTest
 from ..statistics.results import Estimate
 from ..statistics.rounding import Rounding
-from .checks import positions, rows_beyond
+from .checks import rows_beyond
 from .provenance import Records
-from .setup import Plan, Setup
+from .setup import Plan, Setup, slope_eta
 
 # How far a log-probability recorded in bfloat16 strays from the policy's own, in nats a token.
 ENGINE_NATS = 0.05
-
-SECANT = 1e-3  # of the smallest learning rate, where the slope is taken from increments
 
 # What is lost of a token's log-probability where the tokens that top-k, top-p or min-p exclude
 # count, in nats: less than this matters to no ratio, and is more than rounding.
 KEPT_NATS = 1e-3
 
+_UNSEEN = (
+    "Yet it records this checkpoint's log-probabilities, as an engine does that takes them before "
+    "its temperature and truncation; then off_policy=True does not help."
+)
+
 
 def probe_doubts(setup: Setup, plan: Plan, swept: Sweep, rounded: Rounding | None) -> list[str]:
     """Why a probe's results should not be trusted as they stand, each reason with its remedy."""
+    recipe = as_recipe(setup.settings.recipe)
     reasons = [
         _below_rounding(swept, rounded),
         _out_of_memory(swept),
         _without_rule(swept),
         _secant(setup, plan),
-        _guessed_divisor(setup),
-        _no_gradient(plan, as_recipe(setup.settings.recipe)),
-        _mixed_groups(plan, as_recipe(setup.settings.recipe)),
+        _guessed_divisor(setup, recipe),
+        _no_gradient(plan, recipe),
+        _mixed_groups(plan, recipe),
         _uneven_groups(plan.update),
-        _update_from_elsewhere(
-            plan, as_recipe(setup.settings.recipe), truncated=setup.update_truncated
-        ),
+        _update_from_elsewhere(plan, recipe, truncated=setup.update_truncated),
         _shared_rows(plan.update, setup.evaluation, swept),
         _extrapolated("U", plan.update, setup.checkpoint.model),
         _extrapolated("E", setup.evaluation, setup.checkpoint.model),
@@ -69,7 +72,7 @@ def policy_doubts(
         if reason and alike:
             reason += f" {_UNSEEN}"
         return [reason] if reason else []
-    remedy = f"{_RESAMPLE} or weigh it by what it records with off_policy=True."
+    remedy = "Sample E from this checkpoint, or weigh it by what it records with off_policy=True."
     if recorded.cause == "sampling":
         settings = json.dumps(recorded.settings())
         remedy = f'If it was sampled so, say in its lines "sampling": {settings}. If not: {remedy}'
@@ -79,26 +82,6 @@ def policy_doubts(
                 "it computes before its temperature and truncation. Then E is right as it is."
             )
     return [f"E was not sampled from this policy, by its records. {recorded} {remedy}"]
-
-
-_RESAMPLE = "Sample E from this checkpoint,"
-_UNSEEN = (
-    "Yet it records this checkpoint's log-probabilities, as an engine does that takes them before "
-    "its temperature and truncation; then off_policy=True does not help."
-)
-
-
-def slope_eta(setup: Setup, plan: Plan) -> float | None:
-    """The eta at which the slope is a secant of exact increments; None where it is a derivative.
-
-    Its relative error is of the order of the squared change of the scores at it. A thousandth of
-    the smallest learning rate makes that a millionth of what it is there, and leaves increments of
-    operations without a rule three digits fewer.
-    """
-    if not setup.checkpoint.model.false_derivative:
-        return None
-    sizes = [abs(eta) for eta in plan.etas.tolist() if eta] or [float(plan.step.lr)]
-    return SECANT * (min(sizes) or 1e-6)
 
 
 def _secant(setup: Setup, plan: Plan) -> str:
@@ -141,9 +124,8 @@ def _without_rule(swept: Sweep) -> str:
     )
 
 
-def _guessed_divisor(setup: Setup) -> str:
-    constant = as_recipe(setup.settings.recipe).aggregate == "constant"
-    if not constant or setup.settings.max_length is not None:
+def _guessed_divisor(setup: Setup, recipe: Recipe) -> str:
+    if recipe.aggregate != "constant" or setup.settings.max_length is not None:
         return ""
     return (
         f"U's longest response, {setup.divisor} tokens, was taken as the constant that the loss is "
@@ -277,7 +259,7 @@ def _extrapolated(name: str, batch: Batch, model: Model) -> str:
         return ""
     row = int(longer[0])
     return (
-        f"{len(longer)} rows of {name} are longer than the {positions(model)} positions that the "
-        f"model was made for; row {row} has {int(batch.attention[row].sum())} tokens. The model "
-        "extrapolates there, and other software may do it otherwise. Use shorter rows."
+        f"{len(longer)} rows of {name} are longer than the {positions(model.skeleton)} positions "
+        f"that the model was made for; row {row} has {int(batch.attention[row].sum())} tokens. The "
+        "model extrapolates there, and other software may do it otherwise. Use shorter rows."
     )

@@ -39,11 +39,11 @@ from .about import (
     versions,
 )
 from .checks import check_arguments, check_inputs, check_settings
-from .doubts import policy_doubts, probe_doubts, slope_eta
+from .doubts import policy_doubts, probe_doubts
 from .provenance import Explanation, alike, explain, records
 from .report import Report
 from .roundoff import Recomputed, noise, recompute_sample
-from .setup import Plan, Settings, Setup, prepared, read_inputs
+from .setup import Plan, Settings, Setup, prepared, read_inputs, slope_eta
 
 MULTIPLES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # of the learning rate, where no etas are given
 
@@ -260,14 +260,7 @@ def _slope(setup: Setup, plan: Plan) -> Terms | None:
         return secant(setup.score, params, plan.v, block, eta, rows="all")
 
     blocks, order = setup.stream.cut(setup.evaluation)
-    parts = setup.stream.map(
-        "slope on E",
-        along_v,
-        blocks,
-        plan.v,
-        eta,
-        to=0,
-    )
+    parts = setup.stream.map("slope on E", along_v, blocks, plan.v, eta, to=0)
     return join(parts, order) if parts else None
 
 

@@ -5,18 +5,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any, Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..calculus.blocks import evaluate
 from ..calculus.results import Sweep, join
 from ..calculus.tree import Terms
-from ..language.batch import Batch
+from ..language.batch import Batch, unknown_rows
 from ..language.sampling import Sampling
-from ..language.score import scorer
 from ..statistics.change import entropy_change, entropy_series
 from ..statistics.uncertainty import standard_error
-from .setup import Setup
+from .setup import Setup, evenly, scored_under
 
 SAMPLED = 12  # rows of E that are scored with other settings
 SAME = 1e-3  # nats a token, below which recorded log-probabilities are the checkpoint's
@@ -123,11 +121,10 @@ def explain(setup: Setup) -> Explanation | None:
         weighted by what it records.
     """
     batch = setup.evaluation
-    known = ((~batch.old_logp.isnan()) | ~batch.response).all(-1).nonzero().flatten()
+    known = (~unknown_rows(batch, "old_logp")).nonzero().flatten()
     if setup.settings.off_policy or not len(known):
         return None
-    index = torch.linspace(0, len(known) - 1, min(len(known), SAMPLED)).round().long()
-    rows = batch.rows(known[index])
+    rows = batch.rows(known[evenly(len(known), SAMPLED)])
     recorded = rows.old_logp[rows.response]
     scored = setup.checkpoint.sampling
     at = _scored_at(setup, rows)
@@ -233,7 +230,7 @@ def records(setup: Setup, swept: Sweep, terms: Terms, best: Explanation | None) 
 def _biases(setup: Setup, swept: Sweep, terms: Terms) -> tuple[float, float, float, float]:
     """Of the entropy and of the slope, the estimate as it stands less that of weighted rows."""
     batch, settings = setup.evaluation, setup.settings
-    if (batch.old_logp.isnan() & batch.response).any():
+    if unknown_rows(batch, "old_logp").any():
         return (math.nan,) * 4
     first = swept._replace(
         etas=swept.etas[:1], change=type(swept.change)(*(x[:1] for x in swept.change))
@@ -260,8 +257,7 @@ def _scored_at(setup: Setup, rows: Batch) -> LogpAt:
     blocks, order = stream.cut(rows)
 
     def at(sampling: Sampling) -> Tensor:
-        support = checkpoint.params if sampling.truncates else None
-        score = scorer(checkpoint.model, checkpoint.base, sampling=sampling, support=support)
+        score = scored_under(checkpoint, sampling)
         parts = stream.map(
             "E's records",
             lambda block: evaluate(score, checkpoint.params, block, rows="all"),

@@ -13,6 +13,7 @@ from ..language.batch import Batch, by_length
 from ..runtime.stream import Stream
 from ..statistics.results import Series
 from ..statistics.rounding import Rounding, rounding
+from .setup import evenly
 
 SAMPLED = 16  # rows of E whose changes are computed twice
 
@@ -54,7 +55,7 @@ def recompute_sample(
         return None
     moved = size.argsort()[(size == 0).sum() :]
     k = int(moved[len(moved) // 2 if middle else 0])
-    rows = torch.linspace(0, n - 1, min(n, SAMPLED)).round().long()
+    rows = evenly(n, SAMPLED)
     blocks, order = by_length(evaluation.rows(rows), tokens=1)
     near = {name: torch.nextafter(p, torch.full_like(p, torch.inf)) for name, p in params.items()}
 

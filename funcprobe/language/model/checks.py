@@ -6,6 +6,7 @@ nothing. To add one, write such a function and call it in `split`.
 """
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from ..head.softmax import WIDTH, head_slices
 from ..packing import Layout, by_row, pack
 from . import attention
 from .forward import Forward, Params
+from .positions import are_angles, positions
 from .skeleton import causal_model
 
 _SHORT, _LONG = 7, 24  # tokens in the rows that a module must read alike; blocks divide no prime
@@ -53,7 +55,7 @@ def attends_alike(ours: Forward, eager: Forward, params: Params, base: Params) -
     """Whether our attention gives the logits of the module's own up to rounding."""
     batch = _one_row(params)
     a, b = (_logits(forward, params, base, batch) for forward in (ours, eager))
-    atol = 1e2 * _rounding(params | base) * float(b.abs().max())
+    atol = 1e2 * rounding((params | base).values()) * float(b.abs().max())
     return torch.allclose(a, b, rtol=0.0, atol=atol)
 
 
@@ -74,7 +76,7 @@ def check_state(forward: Forward, params: Params, base: Params) -> None:
     forward.states(params, base, long)
     # Learned positions are a table: an index beyond it raises on a CPU, and elsewhere it would end
     # the process, so that there only rotary embeddings go so far.
-    if device.type == "cpu" or _rotates(forward):
+    if device.type == "cpu" or are_angles(forward.skeleton):
         with suppress(Exception):
             forward.states(params, base, _far(short))
     pairs = (
@@ -108,7 +110,7 @@ def check_causal(forward: Forward, params: Params, base: Params) -> None:
     want = forward.states(params, base, alone)
     pair = forward.states(params, base, _plain(tokens)).unflatten(0, (3, -1))[:2, :_SHORT]
     error = float((pair - want).norm() / (math.sqrt(2) * want.norm()))
-    if not error < _rounding(params | base) ** 0.5:
+    if not error < rounding((params | base).values()) ** 0.5:
         raise ValueError(
             f"split: a causal language model was expected, in {_name(forward)} later tokens or "
             f"other rows change hidden states (by {error:.1e} of their size). Likely cause: "
@@ -134,8 +136,7 @@ def slices_alike(forward: Forward, params: Params, base: Params) -> bool:
         hidden, tensors = hidden.cpu(), tuple(tensor.cpu() for tensor in tensors)
     whole = forward.head({}, dict(zip(names, tensors, strict=True)), hidden)
     width = min(WIDTH, -(-vocabulary // 3))
-    atol = 8 * max(torch.finfo(t.dtype).eps for t in (*tensors, whole) if t.is_floating_point())
-    atol *= float(whole.abs().max())
+    atol = 8 * rounding((*tensors, whole)) * float(whole.abs().max())
     try:
         for start, here in head_slices(tensors, vocabulary=vocabulary, width=width):
             part = forward.head({}, dict(zip(names, here, strict=True)), hidden)
@@ -196,8 +197,8 @@ def _row(length: int, device: torch.device) -> Layout:
 
 def _long(forward: Forward) -> int:
     """How long the long rows are: no longer than a table of learned positions."""
-    longest = getattr(causal_model(forward.skeleton).config, "max_position_embeddings", None)
-    return min(_LONG, longest) if isinstance(longest, int) and longest > _SHORT else _LONG
+    longest = positions(forward.skeleton) or _LONG
+    return min(_LONG, longest) if longest > _SHORT else _LONG
 
 
 def _other(tokens: Tensor) -> Tensor:
@@ -228,18 +229,13 @@ def _logits(forward: Forward, params: Params, base: Params, batch: Batch) -> Ten
 
 def _alike(a: Tensor, b: Tensor, tensors: Params) -> bool:
     """Whether hidden states agree to far more than a token's influence."""
-    return bool((a - b).norm() < _rounding(tensors) ** 0.5 * b.norm())
-
-
-def _rotates(forward: Forward) -> bool:
-    """Whether positions are angles, which no table bounds."""
-    return any("inv_freq" in name for name, _ in forward.skeleton.named_buffers())
+    return bool((a - b).norm() < rounding(tensors.values()) ** 0.5 * b.norm())
 
 
 def _name(forward: Forward) -> str:
     return type(causal_model(forward.skeleton)).__name__
 
 
-def _rounding(tensors: Params) -> float:
-    """The coarsest precision among the tensors."""
-    return max(torch.finfo(t.dtype).eps for t in tensors.values() if t.is_floating_point())
+def rounding(tensors: Iterable[Tensor]) -> float:
+    """The coarsest precision among tensors; those of integers do not count."""
+    return max(torch.finfo(t.dtype).eps for t in tensors if t.is_floating_point())

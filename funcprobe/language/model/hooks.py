@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from . import rotary
+from .checks import rounding
 from .forward import Forward, Params
 from .skeleton import duplicate
 
@@ -49,9 +50,9 @@ def check_hooks(module: nn.Module, forward: Forward, params: Params, base: Param
     scratch = _scratch(forward)
     names = _attach(module, scratch)
     hooked, plain = (_outcome(part, forward, params, base) for part in (scratch, _scratch(forward)))
-    rounding = max(torch.finfo(x.dtype).eps for x in (*hooked, *base.values()) if _floats(x)) ** 0.5
+    error = rounding((*hooked, *base.values())) ** 0.5
     pairs = zip(hooked, plain, strict=True)
-    if not all((a - b).norm() <= rounding * b.norm() for a, b in pairs):
+    if not all((a - b).norm() <= error * b.norm() for a, b in pairs):
         raise _refusal(f"the hooks {', '.join(names[:5])} together change outputs or gradients")
 
 
@@ -160,10 +161,6 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     return a is b or bool(a == b)
-
-
-def _floats(x: Tensor) -> bool:
-    return x.is_floating_point()
 
 
 def _hook_name(hook: Any) -> str:
