@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..calculus.interpolation import check_nodes
 from ..language.batch import Batch, unknown_rows
-from ..language.model.positions import has_table, positions
+from ..language.model.positions import limit, positions
 from ..language.model.split import Model
 from ..language.objectives import prepare
 from ..training.checkpoint import Checkpoint
@@ -130,15 +130,14 @@ def _check_tokens(name: str, batch: Batch, model: Model) -> None:
 
 
 def _check_positions(name: str, batch: Batch, model: Model) -> None:
-    """Refuses rows for which a model with a table of positions has none left."""
-    longer = rows_beyond(batch, model)
-    if len(longer) and has_table(model.skeleton):
-        row = int(longer[0])
+    """Refuses rows that are longer than the model is right for."""
+    lengths, most = batch.attention.sum(1), limit(model.skeleton)
+    rows = (lengths > most.longest).nonzero().flatten().tolist() if most else []
+    if most and rows:
         raise ValueError(
-            f"probe: rows of at most {positions(model.skeleton)} tokens were expected, the model's "
-            f"table of positions holds no more, but row {row} of {name} has "
-            f"{int(batch.attention[row].sum())}. Likely it was sampled from another model. Leave "
-            "out such rows."
+            f"probe: rows of at most {most.longest} tokens were expected, but row {rows[0]} of "
+            f"{name} has {int(lengths[rows[0]])}. {most.cause} Likely it was sampled from another "
+            "model. Leave out such rows."
         )
 
 

@@ -50,7 +50,6 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
     ("qwen2_dynamic", "LoRA"): dict(longest=64),
     ("phi3_long", "LoRA"): dict(longest=64),
     # Architectures that are not supported.
-    ("opt", "LoRA"): dict(raises="decoder"),
     ("llama4", "LoRA"): dict(raises="no decoder below"),
     ("gpt_oss", "LoRA"): dict(raises="mat_a"),
 } | {

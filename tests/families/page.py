@@ -40,6 +40,7 @@ GPT-2, which is no `nn.Linear`.
   true derivative refuse it.
 - **Rows up to n tokens** (`Model.longest`): a rotary embedding that follows the length of the rows
   is right for rows up to the original length, and longer rows are refused when they are scored.
+  So are rows beyond the end of a table of positions (gpt2, gpt_neo, gptj, opt, biogpt and others).
 - **Refused** is a ValueError of `split` that names the cause. `split` refuses any module whose
   hidden states depend on later tokens, on other rows or on an earlier call, whose hooks change what
   a layer says, and whose adapter acts on the tokens (aLoRA, prompt learning).

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..packing import Layout, visible
 from . import attention
@@ -153,10 +152,37 @@ class _Body(nn.Module):
 
 
 class _Passed(nn.Module):
-    """Stands in for the decoder: it passes the hidden states on to the module's own head."""
+    """Stands in for the decoder: it passes the hidden states on to the module's own head.
+
+    What else a head asks of a decoder or its output is None: `check_head` tells if it mattered.
+    """
+
+    @property
+    def decoder(self) -> "_Passed":
+        """Some architectures (OPT) call the decoder within the decoder."""
+        return self
 
     def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: Any) -> Any:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
+        return _Output((inputs_embeds,))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name.startswith("_") else None
+
+
+class _Output(tuple[Tensor]):
+    """The output of a decoder: its hidden states, and None for every other field.
+
+    It is no `ModelOutput`, whose subclasses change a table of torch when they are defined.
+    """
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return None
 
 
 def _halves(whole: nn.Module) -> Halves:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..batch import SHARED, Batch
 from ..packing import Layout, by_row, pack
 from ..tracing import concrete, levels
-from . import attention, checks, rotary
+from . import attention, checks, positions
 from .derivative import check_derivative
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
@@ -104,12 +104,10 @@ class Model:
         *_, attention = levels(batch.attention)  # of all rows, whichever transform runs
         longest = int(attention.sum(-1).max())
         if longest > self.longest:
-            limit = rotary.limit(self.skeleton)
+            limit = positions.limit(self.skeleton)
             raise ValueError(
                 f"model: rows of at most {self.longest} tokens were expected, one has {longest}. "
-                f"Beyond them a rotary embedding of type {limit and limit.rope_type!r} uses other "
-                "frequencies, which depend on the longest row. Leave the longer rows out, or cut "
-                "them."
+                f"{limit.cause if limit else ''} Leave the longer rows out, or cut them."
             )
 
     def __repr__(self) -> str:
@@ -120,14 +118,16 @@ class Model:
         attends = repr(getattr(module.config, "_attn_implementation", None))
         if repr(self.implementation) != attends:
             attends += f" for {self.implementation!r}"
-        rows = "rows of any length" if self.shares == sys.maxsize else f"rows up to {self.shares}"
+        shared = "rows of any length" if self.shares == sys.maxsize else f"rows up to {self.shares}"
+        longest = "any length" if self.longest is None else f"at most {self.longest} tokens"
         return (
             f"Model({type(causal_model(module)).__name__}, adapter {' and '.join(names) or None},\n"
             f"      {self.trainable} tensors of params and {frozen} of base, "
             f"vocabulary {self.vocabulary},\n"
             f"      {'float64 throughout' if self.float64 else 'in the precision of its tensors'}, "
             f"attention {attends},\n"
-            f"      prompts shared in {rows if self.shares else 'no rows'}"
+            f"      rows of {longest}, prompts shared in {shared if self.shares else 'no rows'},\n"
+            f"      head read {'in slices' if self.sliced else 'whole'}"
             f"{self.false_derivative and f',{chr(10)}      {self.false_derivative}'})"
         )
 
@@ -174,7 +174,7 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     checks.check_head(eager, point, base)
     forward = ours if checks.attends_alike(ours, eager, point, base) else eager
     causal: Any = causal_model(skeleton)
-    limit = rotary.limit(skeleton)
+    limit = positions.limit(skeleton)
     model = Model(
         forward=forward,
         implementation=getattr(module.config, "_attn_implementation", None),
