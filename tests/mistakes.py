@@ -118,7 +118,7 @@ class Hunter:
                 with mistake.planted():
                     item.runtest()
                 self.missed[mistake.name] = "no test turned red"
-            except AssertionError:
+            except (AssertionError, pytest.fail.Exception):
                 self.caught[mistake.name] = item.nodeid
             except Exception as error:
                 self.missed[mistake.name] = f"it raises {error!r}"

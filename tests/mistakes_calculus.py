@@ -248,7 +248,7 @@ def a_rate_may_underflow(right, v, params, etas):
 
 @mistake(
     "calculus.derivatives.check_derivative",
-    "test_derivative.py::test_what_needs_the_true_derivative_is_refused_by_name",
+    "families/test_false_derivative.py::test_a_false_derivative_is_named_and_refused_where_it_is_used",
 )
 def a_false_derivative_is_taken_for_a_true_one(right, where, fn):
     return None

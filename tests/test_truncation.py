@@ -116,7 +116,7 @@ def test_a_change_of_an_impossible_token_is_explained():
     sampling = fp.Sampling(top_k=5)
     score = fp.scorer(case.model, case.base, sampling=sampling, support=case.params)
     assert fp.evaluate(score, case.params, batch).logp.isneginf().any()
-    with pytest.raises(ValueError, match=r"sweep: .* nan in . rows.*top-p or min-p excludes"):
+    with pytest.raises(ValueError, match=r"sweep: .* nan at eta = 0.1 in . rows.*min-p excludes"):
         fp.sweep(score, case.params, cases.direction(case.params), [0.1], batch)
 
 
