@@ -28,8 +28,11 @@ _FAR = 2**24  # a position beyond every rotary table
 
 
 @torch.no_grad()
-def check_head(forward: Forward, params: Params, base: Params) -> None:
+def check_head(forward: Forward, params: Params, base: Params) -> Tensor:
     """The head after the body gives the module's own logits.
+
+    Returns:
+        The module's own logits of a short row, for `attends_alike`.
 
     Raises:
         ValueError: it does not.
@@ -48,15 +51,15 @@ def check_head(forward: Forward, params: Params, base: Params) -> None:
             "between its decoder and head that this library does not see. Please report the "
             "architecture."
         )
+    return whole
 
 
 @torch.no_grad()
-def attends_alike(ours: Forward, eager: Forward, params: Params, base: Params) -> bool:
-    """Whether our attention gives the logits of the module's own up to rounding."""
-    batch = _one_row(params)
-    a, b = (_logits(forward, params, base, batch) for forward in (ours, eager))
-    atol = 1e2 * rounding((params | base).values()) * float(b.abs().max())
-    return torch.allclose(a, b, rtol=0.0, atol=atol)
+def attends_alike(forward: Forward, params: Params, base: Params, whole: Tensor) -> bool:
+    """Whether our attention gives the module's own logits (of `check_head`) up to rounding."""
+    ours = _logits(forward, params, base, _one_row(params))
+    atol = 1e2 * rounding((params | base).values()) * float(whole.abs().max())
+    return torch.allclose(ours, whole, rtol=0.0, atol=atol)
 
 
 @torch.no_grad()

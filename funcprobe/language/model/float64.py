@@ -67,7 +67,7 @@ class Promoted(Float64):
             return _promote(func(*args, **kwargs))
         if func is F.linear and len(args) > 1 and _is_lower(args[1]):
             x, weight, *bias = args
-            out = _Linear.apply(_promote(x), weight)
+            out, _ = _Linear.apply(_promote(x), weight)
             bias = bias or [kwargs.get("bias")]
             return out if bias[0] is None else out + _promote(bias[0])
         writes = name.endswith("_") and not name.endswith("__") or name == "__setitem__"
@@ -77,26 +77,34 @@ class Promoted(Float64):
 
 
 class _Linear(torch.autograd.Function):
-    """``x W'`` in float64, which keeps W for the derivatives in its own precision."""
+    """``x W'`` in float64, and W in float64, which forward mode uses again.
+
+    For reverse mode, W is kept in its own precision.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight.double())
+    def forward(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        raised = weight.double()
+        return F.linear(x, raised), raised
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_forward(inputs[1])
+    def setup_context(
+        ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
+    ) -> None:
+        ctx.save_for_forward(output[1])
         ctx.save_for_backward(inputs[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor, _: Any) -> Tensor:
-        return F.linear(dx, ctx.saved_tensors[0].double())
+    def jvp(ctx: Any, dx: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        return None if dx is None else F.linear(dx, ctx.saved_tensors[0]), None
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.saved_tensors[0].double(), None
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        return None if dy is None else dy @ ctx.saved_tensors[0].double(), None
 
 
 def rotary_frequencies(module: nn.Module) -> dict[str, Tensor]:

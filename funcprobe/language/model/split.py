@@ -171,8 +171,8 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     checks.check_state(eager, point, base)  # first: what keeps state differs from itself
     check_hooks(module, eager, params, base)
     checks.check_causal(eager, point, base)
-    checks.check_head(eager, point, base)
-    forward = ours if checks.attends_alike(ours, eager, point, base) else eager
+    whole = checks.check_head(eager, point, base)
+    forward = ours if checks.attends_alike(ours, point, base, whole) else eager
     causal: Any = causal_model(skeleton)
     limit = positions.limit(skeleton)
     model = Model(
