@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import funcprobe as fp
-from funcprobe.statistics.doubts import LEVEL
+from funcprobe.statistics.doubts import MEAN_WEIGHT_LEVEL
 from funcprobe.statistics.uncertainty import t_pvalue
 from funcprobe.statistics.weights import mean_weight_z
 
@@ -69,7 +69,7 @@ def alarms(scale, prompts, *, spread=0.05, batches=None, **options):
     eta = 1e-6 * spread / float(sample(scale, 32, 20)[2].sum(-1).std())
     logp, entropy, change, response = sample(scale, prompts, batches, eta=eta, **options)
     z = mean_weight_z(change.sum(-1), group)
-    by_weight = torch.tensor([t_pvalue(float(x), prompts - 1) < LEVEL for x in z])
+    by_weight = torch.tensor([t_pvalue(float(x), prompts - 1) < MEAN_WEIGHT_LEVEL for x in z])
     by_policy = torch.tensor(
         [
             fp.policy_test(

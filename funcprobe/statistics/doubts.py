@@ -11,10 +11,10 @@ from .tails import SKEW_LIMIT, heavy_weights, lopsided
 from .uncertainty import t_pvalue
 from .weights import khat_limit
 
-SPREAD = 0.1  # of log weights, up to which the test of their mean holds its level
-LEVEL = 0.0025  # below this p it rejects; with the policy test's 0.005, 1% are not exceeded
+_SPREAD = 0.1  # of log weights, up to which the test of their mean holds its level
+MEAN_WEIGHT_LEVEL = 0.0025  # of that test; both alarm below 1%, with the policy test's 0.005
 
-REMEDY = (
+_REMEDY = (
     "Sample E from this checkpoint, say how it was drawn by the key sampling of its lines, or "
     "weigh it by the log-probabilities that it records with off_policy=True."
 )
@@ -87,6 +87,18 @@ def _few_effective_rows(change: Estimate) -> str:
     return f"effective sample size below a tenth of the rows at {_from(change, scarce)}. {remedy}."
 
 
+def _clipped(change: Estimate) -> str:
+    if not (change.clipped > 0).any():
+        return ""
+    worst = int(change.clipped.argmax())
+    return (
+        f"{float(change.clipped[worst]):.1%} of the weights were clipped at eta = "
+        f"{float(change.etas[worst]):.3g}, which moved the estimate by "
+        f"{float(change.adjusted[worst]):+.2g}: it is pulled towards the base. Raise clip=, or "
+        "trust smaller eta."
+    )
+
+
 def _misses(skew: float) -> str:
     """On which side an interval misses too often."""
     side = "above" if skew > 0 else "below"
@@ -130,7 +142,7 @@ def another_policy(change: Estimate, test: PolicyTest | None = None) -> str:
     if test is not None and test.rejects:
         return f"E was not drawn from the policy that is scored {test.evidence()}: {_cause(test)}"
     p, t = _mean_weight_p(change)
-    if not p < LEVEL:
+    if not p < MEAN_WEIGHT_LEVEL:
         return ""
     evidence = f"(t = {t:+.1f}, df = {change.psi.shape[-1] - 1}, p = {p:.1g})"
     if change.off_policy:
@@ -141,7 +153,7 @@ def another_policy(change: Estimate, test: PolicyTest | None = None) -> str:
         )
     return (
         f"the mean weight is not 1 {evidence}: E was not drawn from the policy that is scored. "
-        f"{REMEDY}"
+        f"{_REMEDY}"
     )
 
 
@@ -151,26 +163,14 @@ def _cause(test: PolicyTest) -> str:
         how = "likelier than its draws, as at a lower temperature, with top-p or greedy"
     else:
         how = "less likely than its draws, as at a higher temperature or from another model"
-    return f"its responses are {how}. {REMEDY}"
+    return f"its responses are {how}. {_REMEDY}"
 
 
 def _mean_weight_p(change: Estimate) -> tuple[float, float]:
     """The p-value of mean weight = 1 and its t, at the largest eta of a small spread; else nan."""
-    small = (change.spread < SPREAD) & change.mean_weight_z.isfinite()
+    small = (change.spread < _SPREAD) & change.mean_weight_z.isfinite()
     if not small.any():
         return math.nan, math.nan
     k = int(torch.where(small, change.spread, -1.0).argmax())
     t = float(change.mean_weight_z[k])
     return t_pvalue(t, change.psi.shape[-1] - 1), t
-
-
-def _clipped(change: Estimate) -> str:
-    if not (change.clipped > 0).any():
-        return ""
-    worst = int(change.clipped.argmax())
-    return (
-        f"{float(change.clipped[worst]):.1%} of the weights were clipped at eta = "
-        f"{float(change.etas[worst]):.3g}, which moved the estimate by "
-        f"{float(change.adjusted[worst]):+.2g}: it is pulled towards the base. Raise clip=, or "
-        "trust smaller eta."
-    )

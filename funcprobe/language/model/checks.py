@@ -18,7 +18,7 @@ from torch.func import functional_call
 from ..batch import Batch, collate
 from ..head.softmax import WIDTH, head_slices
 from ..packing import Layout, by_row, pack
-from . import attention
+from . import masks
 from .forward import Forward, Params
 from .positions import are_angles, positions
 from .skeleton import causal_model
@@ -160,7 +160,7 @@ def longest_shared(forward: Forward, apart: Forward, params: Params, base: Param
 
     Args:
         forward: with the attention that is used.
-        apart: with an attention that mixes no tokens, see `attention.apart`.
+        apart: with an attention that mixes no tokens, see `masks.apart`.
         params, base: as of both.
     """
     device = next(iter(params.values())).device
@@ -168,13 +168,13 @@ def longest_shared(forward: Forward, apart: Forward, params: Params, base: Param
     tokens = _row(_long(forward), device).tokens.repeat(2, 1)
     tokens[1, :_SHORT] = _other(tokens[1, :_SHORT])
     try:
-        with attention.noted() as masks:
+        with masks.noted() as noted:
             mixed = apart.states(params, base, _plain(tokens)).unflatten(0, (2, -1))[:, _SHORT:]
         packed = [forward.states(params, base, pack(batch, least=n)) for n in (1, math.inf)]
     except Exception:  # an architecture without position_ids or such a mask may raise anything
         return 0
     alike = (_alike(a, b, params | base) for a, b in (mixed, packed))
-    return masks.longest_causal() if all(alike) else 0
+    return noted.longest_causal() if all(alike) else 0
 
 
 def generic(params: Params) -> Params:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..batch import SHARED, Batch
 from ..packing import Layout, by_row, pack
 from ..tracing import concrete, levels
-from . import attention, checks, positions
+from . import attention, checks, masks, positions
 from .derivative import check_derivative
 from .float64 import rotary_frequencies
 from .forward import Forward, Params, forward_of
@@ -228,8 +228,9 @@ def _all_float64(tensors: Params) -> bool:
 def _attending(skeleton: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
     """The skeleton with our attention, and copies with the one called "eager" and with `apart`."""
     attention.register()
+    masks.register()
     eager, apart = duplicate(skeleton), duplicate(skeleton)
     set_attention(eager, "eager")
-    set_attention(apart, attention.APART)
+    set_attention(apart, masks.APART)
     set_attention(skeleton, attention.NAME)
     return skeleton, eager, apart
