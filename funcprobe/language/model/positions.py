@@ -7,10 +7,7 @@ from torch import nn
 from . import rotary
 
 # What transformers calls the tables that positions are read from.
-_TABLES = (
-    *("wpe", "embed_positions", "position_embeddings", "position_embedding"),
-    "positions_embed",
-)
+_TABLES = "wpe embed_positions position_embeddings position_embedding positions_embed".split()
 
 
 class Limit(NamedTuple):
@@ -39,8 +36,8 @@ def positions(skeleton: nn.Module) -> int | None:
     """How many positions the configuration says that the model was made for, if it does."""
     config: Any = skeleton.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    longest = getattr(text, "max_position_embeddings", None)
+    return longest if isinstance(longest, int) and longest > 0 else None
 
 
 def _has_table(skeleton: nn.Module) -> bool:
