@@ -7,7 +7,7 @@ from torch import nn
 from . import rotary
 
 # What transformers calls the tables that positions are read from.
-_TABLES = "wpe embed_positions position_embeddings position_embedding positions_embed".split()
+_TABLES = ["wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed"]
 
 
 class Limit(NamedTuple):
