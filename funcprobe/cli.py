@@ -74,7 +74,7 @@ class ProbeArguments:
     )
     per: Literal["token", "sequence"] = _option("token", "Entropy per token or per sequence.")
     off_policy: bool = _option(
-        False, "E's lines hold the log-probabilities it was sampled with: weigh by them."
+        False, "E's lines hold the log-probabilities it was sampled with: weight by them."
     )
     max_length: int | None = _option(
         None, "dr_grpo's divisor in tokens; U's longest response if not given."

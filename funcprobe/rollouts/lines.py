@@ -24,7 +24,10 @@ def read_lines(reader: str, path: str | Path) -> list[Record]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{reader}: {path} is not a text file of JSON lines: {error}") from error
+        raise ValueError(
+            f"{reader}: {path} is not a text file of JSON lines: {error}. Likely another file was "
+            "passed. Pass a batch's lines, in UTF-8."
+        ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{reader}: a file of JSON lines was expected at {path}, but there is none. Likely the "
@@ -37,7 +40,10 @@ def read_lines(reader: str, path: str | Path) -> list[Record]:
         ) from error
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
-        raise ValueError(f"{reader}: {path} holds no rows. JSON objects were expected, one a line.")
+        raise ValueError(
+            f"{reader}: {path} holds no rows, but JSON objects were expected, one a line. Likely "
+            "its sampling was interrupted. Write it again."
+        )
     return [_parse(f"{reader}: {path}, line {n}", line) for n, line in lines]
 
 
@@ -60,9 +66,15 @@ def _parse(where: str, line: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not JSON: {error}") from error
+        raise ValueError(
+            f"{where} is not JSON: {error}. Likely the line was cut or edited. Write one object a "
+            "line."
+        ) from error
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: an object was expected, but a {type(record).__name__} arrived.")
+        raise ValueError(
+            f"{where}: an object was expected, but a {type(record).__name__} arrived. Likely the "
+            "file holds one list. Write one object a line."
+        )
     return record
 
 

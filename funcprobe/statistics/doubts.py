@@ -16,7 +16,7 @@ MEAN_WEIGHT_LEVEL = 0.0025  # of that test; both alarm below 1%, with the policy
 
 _REMEDY = (
     "Sample E from this checkpoint, say how it was drawn by the key sampling of its lines, or "
-    "weigh it by the log-probabilities that it records with off_policy=True."
+    "weight it by the log-probabilities that it records with off_policy=True."
 )
 
 

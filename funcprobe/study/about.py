@@ -97,7 +97,7 @@ class About:
     nodes: int | str  # of interpolation, or "every learning rate"
     interpolation_bound: float  # of any token's error, in nats
     importance_weights: str
-    off_policy: bool  # whether E was weighed by its recorded log-probabilities
+    off_policy: bool  # whether E was weighted by its recorded log-probabilities
     weights: WeightsUnchanged
     precision: dict[str, str]  # the effective settings of torch
     block_positions: Room

@@ -112,7 +112,7 @@ def _check_known(evaluation: Batch) -> None:
     rows = unknown_rows(evaluation, "old_logp").nonzero().flatten().tolist()
     if rows:
         raise ValueError(
-            "probe: off_policy=True weighs E by the log-probabilities it was sampled with, but "
+            "probe: off_policy=True weights E by the log-probabilities it was sampled with, but "
             f"old_logp is unknown in {len(rows)} rows of E, {rows[:5]}. Write old_logp into E's "
             "lines, or leave off_policy out if E was sampled at the checkpoint."
         )

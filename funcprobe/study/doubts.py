@@ -72,7 +72,7 @@ def policy_doubts(
         if reason and alike:
             reason += f" {_UNSEEN}"
         return [reason] if reason else []
-    remedy = "Sample E from this checkpoint, or weigh it by what it records with off_policy=True."
+    remedy = "Sample E from this checkpoint, or weight it by what it records with off_policy=True."
     if recorded.cause == "sampling":
         settings = json.dumps(recorded.settings())
         remedy = f'If it was sampled so, say in its lines "sampling": {settings}. If not: {remedy}'

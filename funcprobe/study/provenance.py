@@ -84,8 +84,8 @@ class Records(NamedTuple):
             return (
                 "E's recorded log-probabilities are best explained by rounding: "
                 f"{self.difference()}, as those of an engine in bfloat16 do, which is the policy "
-                f"that E was drawn from.{self.bias()} off_policy=True weighs E by what it records, "
-                "without that bias."
+                f"that E was drawn from.{self.bias()} off_policy=True weights E by what it "
+                "records, without that bias."
             )
         explained = (
             f"best explained by {self._named()} (residual {self.residual:.2g} nats a token)"
@@ -236,7 +236,7 @@ def _biases(setup: Setup, swept: Sweep, terms: Terms) -> tuple[float, float, flo
         etas=swept.etas[:1], change=type(swept.change)(*(x[:1] for x in swept.change))
     )
     options: dict[str, Any] = {"weights": settings.weights, "per": settings.per}
-    plain, weighed = (
+    plain, weighted = (
         (
             entropy_change(first, batch, **options, behaviour=behaviour),
             entropy_series(terms[:2], batch, **options, behaviour=behaviour),
@@ -244,10 +244,10 @@ def _biases(setup: Setup, swept: Sweep, terms: Terms) -> tuple[float, float, flo
         for behaviour in (None, batch.old_logp)
     )
     return (
-        float(plain[0].base - weighed[0].base),
-        float(standard_error(plain[0].base_psi - weighed[0].base_psi)),
-        float(plain[1].value[0] - weighed[1].value[0]),
-        float(standard_error(plain[1].psi[0] - weighed[1].psi[0])),
+        float(plain[0].base - weighted[0].base),
+        float(standard_error(plain[0].base_psi - weighted[0].base_psi)),
+        float(plain[1].value[0] - weighted[1].value[0]),
+        float(standard_error(plain[1].psi[0] - weighted[1].psi[0])),
     )
 
 

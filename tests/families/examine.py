@@ -90,19 +90,19 @@ def examine(
         checks: the names of the checks, in an order in which none needs a later one.
         longest: only the rows of `batch` up to so many tokens are scored.
     """
-    found = Findings()
+    findings = Findings()
     start = perf_counter()
     try:
         model, params, base = fp.split(module, dtype=dtype)
     except Exception as error:
-        found.split = describe(error)
-        return found
+        findings.split = describe(error)
+        return findings
     finally:
-        found.seconds = perf_counter() - start
-    found.false_derivative = model.false_derivative
-    found.longest, found.shares = model.longest, model.shares
-    _Examination(found, module, model, params, base, batch(longest)).run(checks)
-    return found
+        findings.seconds = perf_counter() - start
+    findings.false_derivative = model.false_derivative
+    findings.longest, findings.shares = model.longest, model.shares
+    _Examination(findings, module, model, params, base, batch(longest)).run(checks)
+    return findings
 
 
 FEW = ("scores", "shared", "moved", "gradient")
