@@ -1,5 +1,6 @@
 """Changes of a function of parameters at several deltas, computed by vmap in turns of lanes."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -10,12 +11,25 @@ from torch import Tensor
 from .blocks import Cuttable, RowFn, RowsPerBlock, blockwise, keep_pages
 from .precision import exact
 from .transforms.increment import increment
-from .tree import Params, Tree, check_direction, check_nan, concatenate, leaves, merge, tree_map
+from .tree import (
+    Params,
+    Tree,
+    all_concrete,
+    check_direction,
+    check_nan,
+    concatenate,
+    leaves,
+    merge,
+    tree_map,
+)
 
 Rules: TypeAlias = dict[Callable[..., Any], Callable[..., Any]]
 
 _LANES = 8
 _OUT_DIMS: Any = (None, 0)  # torch declares a narrower type than it takes
+# What vmap says where it cannot stack lanes, above all of a write in place. Of random numbers each
+# lane would have its own.
+_REFUSALS = re.compile(r"(?i)(?!.*random)(.*vmap|.*batching rule|.*match the broadcast shape)")
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Changes(NamedTuple):
     change: Tree  # leaves [K, N, ...]
     fallbacks: tuple[str, ...] = ()  # operations whose increments were subtractions
     shrunk: tuple[str, ...] = ()  # blocks that memory forced into smaller ones
+    looped: tuple[str, ...] = ()  # why vmap could not stack lanes, which then ran one by one
 
 
 def changes(
@@ -80,7 +95,8 @@ def changes(
         lanes: parameter points per block; for "direct" the base is one of them. 1 is the plain
             loop. By default the points are spread evenly over turns of at most 8. In float64
             "direct" may add up to 3, for the reason in the note [zero is the base]. Memory grows
-            with ``rows * lanes``, not with K.
+            with ``rows * lanes``, not with K. Where `vmap` cannot pass, as it cannot where `fn`
+            writes a lane in place, the plain loop is used.
 
     Returns:
         ``(base, change)``: fn's output at `params`, leaves [N, ...], and the changes, leaves
@@ -164,12 +180,13 @@ def _direct(
     before = int(base is None)
     float64 = any(p.dtype == torch.float64 for p in params.values())
     padded = float64 and not isinstance(batch, Cuttable)
+    turns = _Turns(deltas, before)
 
     def of_block(block: Any, lanes: int) -> Tree:
         def at(delta: Params) -> tuple[tuple[()], Tree]:
             return (), fn({name: params[name] + d for name, d in delta.items()}, block)
 
-        return _in_turns(at, deltas, _even(lanes, block) if padded else lanes, before)[1]
+        return turns(at, _even(lanes, block) if padded else lanes)[1]
 
     lanes = options.lanes or _balanced(deltas.count + before)
     run = blockwise(of_block, batch, options.rows, of=(fn, params), lanes=lanes)
@@ -177,17 +194,18 @@ def _direct(
     if base is None:
         base = tree_map(lambda x: x[0].clone(), values)
     change = tree_map(lambda x, b: x[before:] - b, values, base)
-    return Changes(base, change, (), run.notes)
+    return Changes(base, change, (), run.notes, turns.looped)
 
 
 def _increments(
     fn: RowFn, params: Params, deltas: Deltas, batch: Any, options: Options, base: Tree
 ) -> Changes:
     """Exact increments. They carry the base in every lane, so it needs none of its own."""
+    turns = _Turns(deltas)
 
     def of_block(block: Any, lanes: int) -> Changes:
         at = _Increment(fn, params, block, options)
-        fixed, change = _in_turns(at, deltas, lanes)
+        fixed, change = turns(at, lanes)
         return Changes(fixed, change, tuple(at.fallbacks))
 
     lanes = options.lanes or _balanced(deltas.count)
@@ -196,7 +214,7 @@ def _increments(
         base = merge([result.base for result in run.results], run.order)
     change = merge([result.change for result in run.results], run.order, dim=1)
     fallbacks = sorted({name for result in run.results for name in result.fallbacks})
-    return Changes(base, change, tuple(fallbacks), run.notes)
+    return Changes(base, change, tuple(fallbacks), run.notes, turns.looped)
 
 
 class _Increment:
@@ -212,6 +230,37 @@ class _Increment:
         out = changed(self.block)
         self.fallbacks.update(changed.fallbacks)
         return out
+
+
+class _Turns:
+    """Applies functions to all deltas in turns of lanes, or one by one where `vmap` refuses it."""
+
+    def __init__(self, deltas: Deltas, before: int = 0) -> None:
+        self.deltas, self.before = deltas, before
+        self.looped: tuple[str, ...] = ()  # why lanes ran one by one, once they did
+
+    def __call__(self, at: Callable[[Params], tuple[Tree, Tree]], lanes: int) -> tuple[Tree, Tree]:
+        """See `_in_turns`.
+
+        Raises:
+            RuntimeError: vmap refuses the function, and one by one the first point does not give
+                the same bits again: it is no function of its arguments.
+        """
+        if self.looped or lanes == 1:
+            return _in_turns(at, self.deltas, 1, self.before)
+        try:
+            return _in_turns(at, self.deltas, lanes, self.before)
+        except RuntimeError as error:
+            if not _REFUSALS.match(str(error).replace("\n", " ")):
+                raise
+            refusal = error.with_traceback(None)  # which holds what the lanes had allocated
+        fixed, moving = _in_turns(at, self.deltas, 1, self.before)
+        again = at({name: d[0] for name, d in self.deltas(0, self.before, 1).items()})[1]
+        for a, b in zip(leaves(moving), leaves(again), strict=True):
+            if all_concrete(a) and not torch.allclose(a[0], b, 0.0, 0.0, equal_nan=True):
+                raise refusal
+        self.looped = (str(refusal).splitlines()[0],)
+        return fixed, moving
 
 
 def _in_turns(

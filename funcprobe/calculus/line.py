@@ -179,6 +179,7 @@ def _swept(line: _Line, batch: Any) -> Sweep:
         run.fallbacks,
         run.shrunk,
         hashes if known else (),
+        run.looped,
     )
 
 
@@ -199,7 +200,9 @@ def _interpolated(line: _Line, batch: Any) -> tuple[Changes, Tensor, Tensor]:
     runs = (first, *curve.notes)
     fallbacks = tuple(sorted({name for run in runs for name in run.fallbacks}))
     shrunk = tuple(note for run in runs for note in run.shrunk)
-    return Changes(first.base, curve.change, fallbacks, shrunk), curve.bound, curve.source
+    looped = next((run.looped for run in runs if run.looped), ())
+    out = Changes(first.base, curve.change, fallbacks, shrunk, looped)
+    return out, curve.bound, curve.source
 
 
 def _from_zero(line: _Line, points: Tensor, batch: Any) -> Changes:

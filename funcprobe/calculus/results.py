@@ -25,6 +25,7 @@ class Sweep(NamedTuple):
     fallbacks: tuple[str, ...] = ()  # operations whose increments were subtractions
     shrunk: tuple[str, ...] = ()  # blocks that memory forced into smaller ones
     row_hashes: Tensor | tuple[()] | None = None  # [N] int64
+    looped: tuple[str, ...] = ()  # why vmap could not stack lanes, which then ran one by one
 
     def __repr__(self) -> str:
         lines = [
@@ -40,6 +41,8 @@ class Sweep(NamedTuple):
             lines.append(f"  subtracted, for want of a rule: {', '.join(self.fallbacks[:8])}")
         if self.shrunk:
             lines.append(f"  memory ran out {len(self.shrunk)} times, first {self.shrunk[0]}")
+        if self.looped:
+            lines.append(f"  one lane at a time, since vmap refused: {self.looped[0][:60]}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -100,6 +103,7 @@ def _join_sweeps(sweeps: Sequence[Sweep], order: Tensor | None) -> Sweep:
         fallbacks=tuple(sorted({name for s in sweeps for name in s.fallbacks})),
         shrunk=tuple(note for s in sweeps for note in s.shrunk),
         row_hashes=_join_hashes([s.row_hashes for s in sweeps], order),
+        looped=next((s.looped for s in sweeps if s.looped), ()),
     )
 
 

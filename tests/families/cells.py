@@ -18,7 +18,7 @@ class Cell(NamedTuple):
     raises: str = ""  # the pattern of another library's error, or of one that nobody planned
     false_derivative: str = ""  # the pattern of `Model.false_derivative`
     increments: str = ""  # the pattern of the ValueError of increments
-    lanes: str = ""  # the pattern of the error of the default sweep, where lanes=1 is right
+    looped: str = ""  # the pattern of what the default sweep says where vmap cannot stack lanes
     fallbacks: tuple[str, ...] = ()  # the operations whose increments are subtractions
     longest: int | None = None  # the longest rows, `Model.longest`
     says: str = ""  # a refusal in a few words, for the page
@@ -69,8 +69,8 @@ EXPECTED: dict[tuple[str, str], dict[str, Any]] = {
         "DoRA": dict(false_derivative="DoRA"),
         "DoRA last": dict(false_derivative="DoRA"),
         "DoRA head": dict(false_derivative="DoRA"),
-        "DeLoRA": dict(increments=_WRITES, lanes="broadcast shape"),
-        "OFT": dict(increments=_WRITES, lanes="vmap: index_put_"),
+        "DeLoRA": dict(increments=_WRITES, looped="broadcast shape"),
+        "OFT": dict(increments=_WRITES, looped="vmap: index_put_"),
         "C3A": _NO_GRADIENT,
         "LoHa": _NO_GRADIENT,
         "aLoRA": dict(refused="aLoRA", says="it reads the tokens"),

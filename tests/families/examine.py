@@ -67,6 +67,7 @@ class Findings:
     longest: int | None = None
     shares: int = 0
     fallbacks: tuple[str, ...] = ()
+    looped: tuple[str, ...] = ()
     errors: dict[str, float | str] = field(default_factory=dict)
 
 
@@ -168,6 +169,7 @@ class _Examination:
     def direct(self, **options) -> tuple[Tensor, Tensor]:
         etas = [ETA, -0.5 * ETA]
         got = fp.sweep(self.score, self.params, self.v, etas, self.batch, **options)
+        self.findings.looped += got.looped
         return torch.stack(got.change)[:, 0], self.there - self.here
 
     def lanes(self) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,8 @@ GPT-2, which is no `nn.Linear`.
 - **Refused** is a ValueError of `split` that names the cause. `split` refuses any module whose
   hidden states depend on later tokens, on other rows or on an earlier call, whose hooks change what
   a layer says, and whose adapter acts on the tokens (aLoRA, prompt learning).
-- **One lane at a time**: the default sweep cannot stack lanes of an operation that writes in place;
-  pass `lanes=1`.
+- **One lane at a time**: `vmap` cannot stack lanes of an operation that writes in place. A sweep
+  then computes them one by one, which takes longer, and says so (`Sweep.looped`).
 - **Not supported** raises the error of another library, or one that is not planned. Mixtures of
   experts are not supported either.
 """
@@ -67,7 +67,7 @@ def outcome(cell: Cell) -> str:
         parts.append("but the derivative of the backward pass is not that of the values")
     if cell.increments:
         parts.append("no increments")
-    if cell.lanes:
+    if cell.looped:
         parts.append("one lane at a time")
     if cell.fallbacks:
         parts.append(f"increments subtract in {', '.join(f'`{f}`' for f in cell.fallbacks)}")
