@@ -99,3 +99,35 @@ def test_a_cotangent_that_does_not_fit_is_refused(spoil, message):
     c = covector(score, params, batch)
     with pytest.raises(ValueError, match=f"(?s)pullback: .*{message}"):
         pullback(score, params, batch, spoil(c), rows="all")
+
+
+def test_an_embedding_of_padding_has_the_derivative_of_its_values():
+    """torch's backward pass leaves that row out, for the trainer; `gradient` is the trainer's."""
+    table = torch.nn.Embedding(5, 3, padding_idx=2, scale_grad_by_freq=True).double()
+
+    def fn(params, tokens):
+        return torch.func.functional_call(table, params, (tokens,)).pow(2).sum((1, 2))
+
+    tokens = torch.tensor([[2, 1], [2, 2]])
+    params = {"weight": torch.arange(15.0).double().view(5, 3)}
+    u = pullback(fn, params, tokens, torch.ones(2, dtype=torch.float64))
+    for row in range(5):
+        v = {"weight": torch.eye(5, dtype=torch.float64)[:, row : row + 1].expand(5, 3)}
+        slope = fp.taylor(fn, params, v, tokens)[1].sum()
+        torch.testing.assert_close(fp.dot(u, v), slope)
+    grad = fp.gradient(fn, params, tokens)["weight"]
+    assert (grad[2] == 0).all() and (u["weight"][2] == 3 * 2 * params["weight"][2]).all()
+
+
+def test_padding_within_a_row_of_a_trained_embedding():
+    module = cases.live(adapter=False)
+    assert module.get_input_embeddings().padding_idx == 0
+    model, params, base = fp.split(module, dtype=torch.float64)
+    score = fp.scorer(model, base)
+    batch = fp.collate([[5, 0, 7], [0, 4]], [[9, 0, 3], [4, 4]], pad_id=0)
+    c = covector(score, params, batch)
+    v = {name: torch.zeros_like(p) for name, p in params.items()}
+    v["model.embed_tokens.weight"][0] = 1.0
+    slope = fp.entropy_series(fp.taylor(score, params, v, batch), batch).value[0]
+    assert abs(float(slope)) > 1e-3
+    torch.testing.assert_close(fp.dot(pullback(score, params, batch, c), v), slope)

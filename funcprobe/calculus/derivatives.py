@@ -1,9 +1,12 @@
-"""Functions whose derivative is known not to be that of their values."""
+"""Functions whose derivative is known not to be that of their values, and one that is mended."""
 
 from functools import partial
 from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 
 def check_derivative(where: str, fn: object) -> None:
@@ -21,6 +24,32 @@ def check_derivative(where: str, fn: object) -> None:
             "or use an adapter whose layers detach nothing, such as plain LoRA. The gradient is "
             "what the trainer takes, and is not affected."
         )
+
+
+class WholeEmbeddings(TorchFunctionMode):
+    """A mode in which the backward pass of `F.embedding` is the derivative of its values.
+
+    Otherwise torch gives the row `padding_idx` no gradient, as a trainer wants it, and with
+    `scale_grad_by_freq` it divides by how often a row occurs. The values do not change.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Calls an operation; an embedding without the two options."""
+        return (_embedding if func is F.embedding else func)(*args, **kwargs or {})
+
+
+def _embedding(
+    ids: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    return F.embedding(ids, weight, None, max_norm, norm_type, False, sparse)
 
 
 def _false_derivative(fn: object, seen: set[int]) -> str:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .blocks import Cuttable, RowFn, RowsPerBlock
-from .derivatives import check_derivative
+from .derivatives import WholeEmbeddings, check_derivative
 from .gradients import gradient
 from .separable import is_separable
 from .tree import (
@@ -29,7 +29,8 @@ def pullback(
     .. math:: u = \sum_i c_i^\top \, \partial f(\theta)_i / \partial \theta, \qquad
               \langle u, v \rangle = \langle c, f'(\theta) v \rangle \ \text{for every} \ v.
 
-    It is exact to rounding. With the covector of an estimate (`entropy_covector`) it is the
+    It is exact to rounding, along an embedding of padding too, to which a trainer's backward pass
+    (and `gradient`) gives 0. With the covector of an estimate (`entropy_covector`) it is the
     estimate's gradient in the parameters, whose product with a direction is the slope along it.
 
     Args:
@@ -57,7 +58,8 @@ def pullback(
     check_derivative("pullback", fn)
     _check_cotangent(cotangent, size(batch))
     pair = (_CuttablePair if isinstance(batch, Cuttable) else _Pair)(batch, cotangent)
-    return gradient(_Weighed(fn), params, pair, rows=rows)
+    with WholeEmbeddings():
+        return gradient(_Weighed(fn), params, pair, rows=rows)
 
 
 class _Pair(NamedTuple):
