@@ -223,3 +223,13 @@ def test_the_series_is_the_expansion_of_the_change(per):
     first = series._replace(value=series.value[:1], psi=series.psi[:1])
     left = change.value - first.predict(etas)
     assert 3.5 < left[0] / left[1] < 4.5
+
+
+def test_an_operation_without_a_derivative_in_forward_mode_is_named():
+    def fn(params, x):
+        logp = params["a"].expand(4, 1, 3).log_softmax(-1)
+        return x * torch.nn.functional.ctc_loss(logp, torch.tensor([[1]]), [4], [1])
+
+    params = {"a": torch.ones(3)}
+    with pytest.raises(ValueError, match=r"taylor: .*forward mode.*_ctc_loss.*Write that.*sweep"):
+        fp.taylor(fn, params, params, torch.ones(2))

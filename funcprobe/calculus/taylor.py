@@ -42,8 +42,8 @@ def taylor(
 
     Raises:
         ValueError: names or shapes do not fit, v is not finite, a derivative holds nan, `order` is
-            below 1, or fn says in ``false_derivative`` that its derivative is not that of its
-            values.
+            below 1, an operation of fn has no derivative in forward mode, or fn says in
+            ``false_derivative`` that its derivative is not that of its values.
 
     >>> cube = lambda p, x: x * p["a"] ** 3
     >>> at, along = {"a": torch.tensor(2.0)}, {"a": torch.tensor(1.0)}
@@ -73,4 +73,19 @@ def _derivatives(fn: RowFn, params: Params, v: Params, block: Any, order: int) -
     try:
         return derivatives(lambda p: fn(p, block), params, v, order)
     except Bypassed:
+        pass
+    except NotImplementedError as error:
+        raise _without_rule(error) from error
+    try:
         return nested(lambda p: fn(p, block), params, v, order)
+    except NotImplementedError as error:
+        raise _without_rule(error) from error
+
+
+def _without_rule(error: NotImplementedError) -> ValueError:
+    reason = (str(error).splitlines() or [""])[0]
+    return ValueError(
+        "taylor: a function of operations that have a derivative in forward mode was expected, but "
+        f"torch says: {reason} Write that operation in others, or take the slope from "
+        "sweep(..., change='direct') at small etas of both signs."
+    )

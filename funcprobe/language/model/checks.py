@@ -63,6 +63,27 @@ def attends_alike(forward: Forward, params: Params, base: Params, whole: Tensor)
 
 
 @torch.no_grad()
+def check_runs(forward: Forward, params: Params, base: Params) -> None:
+    """The module's own forward runs on a row of tokens, its head included.
+
+    Raises:
+        ValueError: it raises something else than that memory ran out.
+    """
+    try:
+        _logits(forward, params, base, _one_row(params))
+    except Exception as error:
+        if "memory" in str(error):
+            raise
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"split: the forward pass of {_name(forward)} was expected to run on a row of tokens "
+            f"in eval mode, it raised {type(error).__name__}: {first} Likely cause: a part that "
+            "lacks the dtype (mixtures of experts have no float64), or an architecture that is not "
+            "supported. Try dtype=None, or another architecture."
+        ) from error
+
+
+@torch.no_grad()
 def check_state(forward: Forward, params: Params, base: Params) -> None:
     """A module that has run gives what a new copy gives: equal inputs give equal bits on a CPU.
 

@@ -168,6 +168,7 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     float64 = _all_float64(tensors)
     ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
     point = checks.generic(params)  # where a fresh adapter does what it will do when it has moved
+    checks.check_runs(eager, point, base)
     checks.check_state(eager, point, base)  # first: what keeps state differs from itself
     check_hooks(module, eager, params, base)
     checks.check_causal(eager, point, base)
