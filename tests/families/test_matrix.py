@@ -5,7 +5,7 @@ import re
 import examine
 import pytest
 import torch
-from cells import CELLS, CORE, Cell
+from cells import CELLS, CORE, FRESH, Cell
 from page import PAGE, page
 from zoo import build
 
@@ -24,8 +24,8 @@ LIMITS = {  # of the largest error, as part of the largest true number
 }
 
 
-def marked(cell: Cell):
-    slow = () if (cell.family, cell.adapter) in CORE else pytest.mark.slow
+def marked(cell: Cell, every=CORE):
+    slow = () if (cell.family, cell.adapter) in every else pytest.mark.slow
     return pytest.param(cell, id=cell.id, marks=slow)
 
 
@@ -55,7 +55,9 @@ def test_a_cell_is_as_the_table_says(cell):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("cell", [marked(c) for c in CELLS if not c.raises and not c.refused])
+@pytest.mark.parametrize(
+    "cell", [marked(c, FRESH) for c in CELLS if not c.raises and not c.refused]
+)
 def test_a_cell_that_is_right_is_never_refused(cell):
     """Moved, and as PEFT makes the adapter, where some tensors have no gradient yet."""
     for fresh, dtype in [(False, None), (True, None), (True, torch.float64)]:
