@@ -46,8 +46,7 @@ GPT-2, which is no `nn.Linear`.
   a layer says, and whose adapter acts on the tokens (aLoRA, prompt learning).
 - **One lane at a time**: `vmap` cannot stack lanes of an operation that writes in place. A sweep
   then computes them one by one, which takes longer, and says so (`Sweep.looped`).
-- **Not supported** raises the error of another library, or one that is not planned. Mixtures of
-  experts are not supported either.
+- Mixtures of experts are not supported, and refused.
 """
 
 
