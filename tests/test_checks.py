@@ -217,3 +217,12 @@ def test_checks_change_nothing():
     assert checks.longest_shared(forward, forward, params, base) == 0  # it mixes tokens
     assert case.model.skeleton.config._attn_implementation == attention.NAME
     assert fp.fingerprint(case.model, params, base) == name
+
+
+def test_a_forward_pass_that_fails_is_one_line_with_the_cause():
+    module = cases.live()
+    module.get_base_model().model.layers[1].mlp = torch.nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="split: .*LlamaForCausalLM was expected to run") as caught:
+        fp.split(module)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    assert "\n" not in str(caught.value) and "shapes cannot be multiplied" in str(caught.value)
