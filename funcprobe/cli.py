@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from . import __version__
 from .language.recipes import RECIPES
-from .wording import doubts_in_flags, in_flags
+from .wording import doubts_in_flags, in_flags, negatives_joined
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command != "probe":
             raise ValueError(f"unknown command {command!r}; there is 'probe'.")
-        options = _parse(rest, first)
+        options = _parse(negatives_joined(rest), first)
         import torch
 
         from .runtime.distributed import together
@@ -302,7 +302,7 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
     """Probes. The first rank writes and prints the report; then finished blocks are removed."""
     from .rollouts.lines import read_rows
     from .runtime.distributed import agree
-    from .runtime.resume import discard
+    from .runtime.resume import blocks_in, discard
     from .study.probe import probe
 
     path, update, evaluation = _inputs(options)
@@ -314,7 +314,7 @@ def _probe(options: ProbeArguments, device: str, group: "ProcessGroup | None", f
     max_length, nodes = options.max_length, options.nodes
     if options.checkpoint is None and max_length is None:
         max_length = BUNDLED_MAX_LENGTH
-    finished = Path(options.output) / "blocks"
+    finished = blocks_in(options.output)
     report = probe(
         _load(path, options, device, bars=first and not options.quiet),
         update,

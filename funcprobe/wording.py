@@ -1,4 +1,4 @@
-"""Messages for whoever reads them: a keyword of Python becomes a flag of the command line."""
+"""Words of the command line: keywords of Python become flags in what it says."""
 
 import re
 from collections.abc import Collection
@@ -39,3 +39,18 @@ def _flag(match: re.Match[str]) -> str:
     if match["name"] in ALIASES or value == "True":
         value = ""
     return f"--{name} {value}".rstrip()
+
+
+def negatives_joined(words: list[str]) -> list[str]:
+    """A command's words, with a negative value joined to its flag: argparse would take it for one.
+
+    >>> negatives_joined(["--etas", "-1x,0,1x", "--quiet"])
+    ['--etas=-1x,0,1x', '--quiet']
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and re.match(r"-[\d.]", word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined

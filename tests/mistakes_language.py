@@ -129,6 +129,19 @@ def the_loss_scores_u_as_e_was_drawn(right, sampling, update, given):
     return sampling, ()
 
 
+ROWS = "test_rows.py::test_copies_are_told_from_responses_that_recur"
+
+
+@mistake("study.rows.chance_of_repeat", ROWS)
+def responses_are_taken_to_recur_by_their_mean_token(right, batch, logp, draws):
+    return right(batch, logp / batch.response.sum(1, keepdim=True), draws)
+
+
+@mistake("study.rows._often", ROWS)
+def every_response_that_recurs_is_a_copy(right, further, others, chance):
+    return further > 0
+
+
 @mistake("language.objectives.prepare", f"{LOSS}[dapo-0.0]")
 def tokens_are_averaged_over_the_padding_too(right, batch, recipe, **options):
     out = right(batch, recipe, **options)

@@ -19,6 +19,7 @@ from funcprobe.calculus.tree import merge
 from funcprobe.cli import bundled
 from funcprobe.language.model.positions import positions
 from funcprobe.language.objectives import clipped
+from funcprobe.study.rows import prompts_of
 from funcprobe.wording import ALIASES, in_flags
 
 ROOT = Path(fp.__file__).parent
@@ -43,6 +44,14 @@ def longer(batch, times):
         row = batch.tokens[i, batch.attention[i]].tolist()
         prompts.append(row[: len(row) - steps] * (times if i == 0 else 1))
         responses.append(row[len(row) - steps :])
+    return fp.collate(prompts, responses, group=batch.group, reward=batch.reward)
+
+
+def altered(batch, fn):
+    """The batch with other response tokens, and so without their log-probabilities."""
+    prompts = [list(prompt) for prompt in prompts_of(batch)]
+    rows = zip(batch.tokens, batch.attention, prompts, strict=True)
+    responses = [fn(tokens[mask].tolist()[len(prompt) :]) for tokens, mask, prompt in rows]
     return fp.collate(prompts, responses, group=batch.group, reward=batch.reward)
 
 
@@ -88,6 +97,26 @@ DOUBTFUL = {
         lambda u, e: (u, longer(e, 12), {}),
         ["1 rows of E are longer than the 64 positions", "row 0 has", "Use shorter rows"],
     ),
+    "padding kept after EOS": (
+        lambda u, e: (u, altered(e, lambda row: [*row, 2, 2]), {}),
+        ["32 rows of E go on after an end-of-sequence token (id 2), the first is row 0"],
+    ),
+    "U without EOS": (
+        lambda u, e: (altered(u, lambda row: row[:-1] if row[-1] == 2 else row), e, {}),
+        ["no response of U ends with an end-of-sequence token", "completion_ids"],
+    ),
+    "copies in E": (
+        lambda u, e: (u, merge([e, *[e.rows(slice(0, 1))] * 9]), {}),
+        ["At least 9 rows of E are copies of others", "Leave the copies out"],
+    ),
+    "a group for each row of E": (
+        lambda u, e: (u, e._replace(group=torch.arange(e.n)), {}),
+        ["E has 32 groups but 4 different prompts", "Give equal prompts one group"],
+    ),
+    "equal advantages": (
+        lambda u, e: (u._replace(reward=u.reward * math.nan, advantage=0 * u.reward + 1), e, {}),
+        ["all advantages of U are 1: no response is compared"],
+    ),
     "a row of U beyond them": (
         lambda u, e: (longer(u, 12), e, {}),
         ["1 rows of U are longer than the 64 positions"],
@@ -101,6 +130,12 @@ def test_what_is_doubtful_is_flagged_with_its_remedy(checkpoint, few, spoil, wor
     found = " ".join(flags(checkpoint, *batches, **options))
     for word in words:
         assert word in found, found
+
+
+def test_an_optimizer_of_another_checkpoint_is_flagged(checkpoint, few):
+    for step, flagged in ((20, 0), (21, 0), (None, 0), (999, 1), (7, 1)):
+        said = flags(dataclasses.replace(checkpoint, step=step), *few)
+        assert len(said) == flagged and all("has taken 20 steps, but trai" in x for x in said)
 
 
 def test_what_is_right_is_not_flagged(checkpoint, few):
@@ -148,6 +183,10 @@ IMPOSSIBLE = {
         lambda c, u, e: (c, u, e._replace(old_logp=-e.old_logp), {}),
         "old_logp must be log-probabilities in nats.*of E",
     ),
+    "placeholders for old_logp": (
+        lambda c, u, e: (c, u._replace(old_logp=0 * u.old_logp), e, {}),
+        "all [0-9]+ of U are 0, as if every token had been certain.*placeholders",
+    ),
     "ref_logp": (
         lambda c, u, e: (c, u._replace(ref_logp=0 * u.old_logp + 1), e, {}),
         "ref_logp must be log-probabilities",
@@ -186,6 +225,8 @@ def test_swapped_arguments_are_named(checkpoint, few):
         TypeError, match="evaluation must be a Batch or the path of one, not a Chec"
     ):
         fp.probe(checkpoint, update, checkpoint)
+    with pytest.raises(TypeError, match="etas must be numbers or a function .*not '1x'"):
+        fp.probe(checkpoint, update, evaluation, "1x")
     with pytest.raises(OSError, match="Is a directory"):
         fp.probe(bundled()[1], bundled()[0], evaluation)
     with pytest.raises(FileNotFoundError, match="found a file"):
@@ -221,7 +262,7 @@ def test_rates_that_underflow_or_overflow_are_named():
     assert "eta = 1e-300 moves" in message and "eta of at least 2.4e-38" in message
     fp.sweep(square, params, v, [0.0, 3e-38, -1.0], x, change="increment")
     fp.sweep(square, params, {"a": torch.zeros(4)}, [1e-300], x)  # nothing that could underflow
-    with pytest.raises(ValueError, match=r"nan at eta = 1e\+30 .*step is so long"):
+    with pytest.raises(ValueError, match=r"nan at eta = 1e\+30 .*step may be so long"):
         fp.sweep(lambda p, x: square(p, x) - square(p, x), params, v, [1.0, 1e30], x)
 
 
@@ -259,7 +300,7 @@ def files(tmp_path_factory):
 
 def command(capsys, settings, tmp_path):
     """What the command says: its status, its one line of error, and its output."""
-    settings = settings | {"output": tmp_path / "out"}
+    settings = {"output": tmp_path / "out"} | settings
     words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     status = cli.main(["probe", *words])
     out, err = capsys.readouterr()
@@ -287,6 +328,10 @@ def command(capsys, settings, tmp_path):
         ({"prompt": 5, "completion": "1"}, "row 0: prompt must be a text, a list of"),
         ({"prompt_ids": [1], "completion_ids": [2], "old_logp": [-math.inf]}, "row 0: old_logp mu"),
         ({"prompt_ids": [1], "completion_ids": [2], "old_logp": 3}, "row 0: old_logp must be a l"),
+        (
+            {"prompt_ids": [1], "completion_ids": [2], "old_logp": [-1, -2]},
+            "row 0 has 2 values for 1 response",
+        ),
         ({"prompt_ids": [1], "completion_ids": []}, "jsonl: at least one response token"),
     ],
 )
@@ -350,6 +395,10 @@ def test_a_damaged_checkpoint_is_refused_with_the_file(tmp_path, name, content, 
             lambda s: [entry["exp_avg_sq"].neg_() for entry in s["state"].values()],
             "second ones not negative.*exp_avg_sq of base_model",
         ),
+        (
+            lambda s: [entry["step"].zero_() for entry in s["state"].values()],
+            "all 0 at step 0.*found others in 42: step 0 of base_model",
+        ),
         (lambda s: s["state"][0]["exp_avg"].fill_(math.inf), "finite moments.*found others in 1"),
     ],
 )
@@ -372,6 +421,7 @@ def test_an_optimizer_that_makes_no_step_is_refused(tmp_path, change, words):
         ({"lr": 0}, "Pass --lr, the rate you ask about"),
         ({"max_grad_norm": -1}, "Pass --max_grad_norm 0 for no clipping"),
         ({"optimizer": "fresh"}, "--optimizer saved, or 'fresh' with --lr, was expected"),
+        ({"output": __file__}, "it cannot be made: File exists"),
         ({"update": "nowhere.jsonl"}, "was expected at nowhere.jsonl, but there is none"),
         ({"matmul": "tf32", "change": "direct"}, "--matmul is the precision of increments"),
     ],
@@ -380,6 +430,11 @@ def test_the_command_names_flags(capsys, files, tmp_path, change, words):
     status, line, _ = command(capsys, files | change, tmp_path)
     assert status == 2 and words in line
     assert not re.search(r"\b(lr|tokens|optimizer|matmul|tol|max_length)=", line)
+
+
+def test_a_negative_rate_is_no_flag(capsys, files, tmp_path):
+    status, error, out = command(capsys, files | {"etas": "-1x,0,1x"}, tmp_path)
+    assert (status, error) == (0, "") and "-1  -0.00133" in out
 
 
 def test_the_commands_report_names_flags(capsys, files, tmp_path):

@@ -241,6 +241,14 @@ def test_a_recipe_of_unknown_parts_is_refused(wrong):
         Recipe(**wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"clip_low": -0.2}, {"clip_high": float("nan")}, {"beta": -1}, {"beta": "0.1"}]
+)
+def test_a_recipe_of_impossible_numbers_is_refused(wrong):
+    with pytest.raises(ValueError, match="Recipe: .* must be a number of at least 0, not"):
+        Recipe(**wrong)
+
+
 def test_recipes_need_no_torch():
     code = (
         "import sys, types; package = types.ModuleType('funcprobe'); "

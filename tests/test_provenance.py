@@ -220,4 +220,4 @@ def test_records_from_before_the_temperature_do_not_hide_it(checkpoint, small, p
         assert "lower temperature" in flag and "off_policy=True does not help" in flag
     right = dataclasses.replace(checkpoint, sampling=fp.Sampling(0.7))
     (flag,) = about_e(fp.probe(right, small[0], rows, ETAS))
-    assert "best explained by temperature 1.00" in flag and "Then E is right as it is" in flag
+    assert "best explained by temperature 1.00" in flag and "E is right as it is" in flag

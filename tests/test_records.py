@@ -185,7 +185,7 @@ def test_settings_that_do_nothing_may_stand_in_a_line(tmp_path, settings, sampli
         ({"repetition_penalty": 1.05, "top_p": 0.8}, r"also holds \{'repetition_penalty': 1.05\}"),
         ({"do_sample": False}, r"also holds \{'do_sample': False\}"),
         ({"top_h": 0.4}, r"also holds \{'top_h': 0.4\}"),
-        ({"temperature": 0}, "temperature must be positive, not 0"),
+        ({"temperature": 0}, "temperature must be positive and finite, not 0"),
         ({"temperature": "0.7"}, "temperature must be a number, not '0.7'"),
         ({"top_k": 2.5}, "top_k must be a whole number, not 2.5"),
         ({"min_p": 2}, r"min_p must lie in \[0, 1\], not 2"),

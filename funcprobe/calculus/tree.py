@@ -302,7 +302,7 @@ def check_nan(where: str, fn: object, tree: Tree, dim: int = 0, points: Sequence
             if points:
                 first = int(bad.flatten(1).any(1).nonzero()[0])
                 place = f" at {points[first]}"
-                meaning = f"The step is so long that the function overflows, or: {meaning}"
+                meaning = f"The step may be so long that the function overflows. {meaning}"
             raise ValueError(
                 f"{where}: the function gave nan{place} in {len(rows)} rows, the first {rows[:5]}. "
                 f"{meaning} Evaluate the function on one of these rows alone to see which."

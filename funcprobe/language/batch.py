@@ -117,7 +117,7 @@ def collate(
         pad_id: fills `tokens` past each row's end; its value changes no result.
         group: [N] prompt ids. Rows with equal prompts share one if they are not given.
         reward, advantage: [N]; nan if not given.
-        old_logp: T_i nats for each row, as lists or as [N, R] with any numbers past T_i; nan if
+        old_logp: T_i nats for each row, as lists or as a tensor with any numbers past T_i; nan if
             not given.
 
     Returns:
@@ -347,8 +347,9 @@ def _ragged(
     if values is None:
         return out
     _same_length(name, values, len(response))
+    padded = isinstance(values, Tensor)
     for i, (row, length) in enumerate(zip(values, response.sum(1).tolist(), strict=True)):
-        if len(row) < length:
+        if len(row) < length or (len(row) > length and not padded):
             raise ValueError(
                 f"collate: {name} of row {i} has {len(row)} values for {length} response tokens. "
                 "A sampled EOS counts as one."

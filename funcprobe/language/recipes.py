@@ -27,7 +27,7 @@ class Recipe:
             number of sequences and by a constant number of tokens.
 
     Raises:
-        ValueError: a choice that is not one of those listed.
+        ValueError: a choice that is not one of those listed, or a number that is negative or nan.
 
     >>> Recipe(baseline="loo").baseline
     'loo'
@@ -47,6 +47,8 @@ class Recipe:
             choices, value = get_args(annotation), getattr(self, name)
             if choices and value not in choices:
                 raise ValueError(f"Recipe: {name} must be one of {choices}, not {value!r}.")
+            if annotation is float and not (isinstance(value, int | float) and value >= 0):
+                raise ValueError(f"Recipe: {name} must be a number of at least 0, not {value!r}.")
 
 
 RECIPES: dict[str, Recipe] = {

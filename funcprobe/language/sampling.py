@@ -24,8 +24,8 @@ class Sampling:
         min_p: the least probability of a possible token, over that of the likeliest; 0 is off.
 
     Raises:
-        ValueError: a temperature that is not positive, top_p outside (0, 1], top_k that is not a
-            whole number from 0 on, or min_p outside [0, 1].
+        ValueError: a temperature that is not positive and finite, top_p outside (0, 1], top_k that
+            is not a whole number from 0 on, or min_p outside [0, 1].
     """
 
     temperature: float = 1.0
@@ -38,9 +38,9 @@ class Sampling:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float | Tensor):
                 raise ValueError(f"Sampling: {name} must be a number, not {value!r}.")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < torch.inf:
             raise ValueError(
-                f"Sampling: temperature must be positive, not {self.temperature}. "
+                f"Sampling: temperature must be positive and finite, not {self.temperature}. "
                 "Greedy decoding has no entropy and no gradient."
             )
         if not 0 < self.top_p <= 1:

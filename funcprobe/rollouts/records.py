@@ -76,7 +76,6 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
     )
     prompts = [_prompt(path, i, record, tokenizer) for i, record in enumerate(records)]
     completions = [_completion(path, i, record, tokenizer) for i, record in enumerate(records)]
-    widest = max(map(len, completions))
     pad = getattr(tokenizer, "pad_token_id", None)
     try:
         return collate(
@@ -86,7 +85,11 @@ def read_batch(path: str | Path, tokenizer: Tokenizer = None) -> Batch:
             group=group,
             reward=reward,
             advantage=advantage,
-            old_logp=logp and [[math.nan] * widest if row is None else row for row in logp],
+            old_logp=logp
+            and [
+                [math.nan] * len(tokens) if row is None else row
+                for row, tokens in zip(logp, completions, strict=True)
+            ],
         )
     except ValueError as error:
         raise ValueError(f"read_batch: {path}: {str(error).removeprefix('collate: ')}") from error

@@ -144,7 +144,7 @@ class _Sampler:
         """For each prompt in turn, the response's token ids and their log-probabilities."""
         module: Any = assemble(self.policy.model, self.params, self.policy.base)
         device = next(module.parameters()).device
-        eos = _eos(module, self.policy.tokenizer)
+        eos = end_tokens(module, self.policy.tokenizer)
         # generate fills what a config leaves unset from the module's own config. The module is a
         # copy, so we may replace that.
         module.generation_config = GenerationConfig(
@@ -224,7 +224,7 @@ class _Recorder(LogitsProcessor):
             self.steps.append(self.logp.gather(1, ids[:, -1:]))
 
 
-def _eos(module: Any, tokenizer: Any) -> list[int]:
+def end_tokens(module: Any, tokenizer: Any) -> list[int]:
     """The ids that end a response: the generation config's, else the tokenizer's."""
     ids = getattr(module.generation_config, "eos_token_id", None)
     if ids is None:

@@ -73,6 +73,28 @@ def write(folder: str | Path, name: str, tree: Any) -> Any:
     return decode(data)[0]
 
 
+def blocks_in(output: str | Path) -> Path:
+    """The folder of an output's finished blocks. It is not made yet, but the output could be.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    output = Path(output)
+    new = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"a folder to write into was expected at {output}, but it cannot be made: "
+            f"{error.strerror}. Likely a file has that name, or the place is not yours. Pass "
+            "another output=."
+        ) from error
+    if new:
+        with suppress(OSError):  # another process has written into it
+            output.rmdir()
+    return output / "blocks"
+
+
 def discard(folder: str | Path) -> None:
     """Removes stored blocks, and the folder if nothing else is in it."""
     folder = Path(folder)

@@ -162,7 +162,10 @@ def _cause(test: PolicyTest) -> str:
     if test.nats < 0:
         how = "likelier than its draws, as at a lower temperature, with top-p or greedy"
     else:
-        how = "less likely than its draws, as at a higher temperature or from another model"
+        how = (
+            "less likely than its draws, as at a higher temperature, from another model, or where "
+            "the prompts are not those of sampling (another chat template, a BOS twice or missing)"
+        )
     return f"its responses are {how}. {_REMEDY}"
 
 

@@ -39,12 +39,19 @@ def check_settings(settings: Settings) -> None:
         )
 
 
-def check_arguments(checkpoint: object, update: object, evaluation: object) -> None:
+def check_arguments(
+    checkpoint: object, update: object, evaluation: object, etas: object = None
+) -> None:
     """Refuses arguments of other types, as when two were swapped.
 
     Raises:
-        TypeError: an argument is neither what it should be nor a path.
+        TypeError: an argument is neither what it should be nor a path, or etas are a text.
     """
+    if isinstance(etas, str):
+        raise TypeError(
+            f"probe: etas must be numbers or a function of the learning rate, not {etas!r}. In "
+            "Python, multiples of the rate are lambda lr: [0.5 * lr, lr]."
+        )
     wanted = (
         ("checkpoint", checkpoint, Checkpoint),
         ("update", update, Batch),
@@ -145,6 +152,13 @@ def _check_logp(name: str, batch: Batch) -> None:
     """Refuses log-probabilities of more than probability 1, beyond what rounding explains."""
     for field in ("old_logp", "ref_logp"):
         value = getattr(batch, field)
+        known = value[batch.response & ~value.isnan()]
+        if len(known) and not known.any():
+            raise ValueError(
+                f"probe: {field} must be log-probabilities in nats, but all {len(known)} of {name} "
+                "are 0, as if every token had been certain. Likely they are placeholders. Write "
+                "the log-probabilities, or leave them out."
+            )
         wrong = batch.response & (value > 1e-3)
         if wrong.any():
             row = int(wrong.any(1).nonzero()[0])

@@ -12,16 +12,22 @@ from ..language.model.positions import positions
 from ..language.model.split import Model
 from ..language.objectives import clipped
 from ..language.recipes import Recipe, as_recipe
+from ..rollouts.sample import end_tokens
 from ..statistics.doubts import another_policy
 from ..statistics.policy_test import PolicyTest
 from ..statistics.results import Estimate
 from ..statistics.rounding import Rounding
+from ..training.checkpoint import Checkpoint
 from .checks import rows_beyond
 from .provenance import Records
+from .rows import chance_of_repeat, copied_rows, divided_prompts, no_draws, prompts_of
 from .setup import Plan, Setup, slope_eta
 
 # How far a log-probability recorded in bfloat16 strays from the policy's own, in nats a token.
 ENGINE_NATS = 0.05
+
+# How many of its steps an optimizer may lack: in float16, those that overflow are skipped.
+STEPS_OFF = 0.1
 
 # What is lost of a token's log-probability where the tokens that top-k, top-p or min-p exclude
 # count, in nats: less than this matters to no ratio, and is more than rounding.
@@ -33,22 +39,38 @@ _UNSEEN = (
 )
 
 
-def probe_doubts(setup: Setup, plan: Plan, swept: Sweep, rounded: Rounding | None) -> list[str]:
-    """Why a probe's results should not be trusted as they stand, each reason with its remedy."""
-    recipe = as_recipe(setup.settings.recipe)
+def probe_doubts(
+    setup: Setup, plan: Plan, swept: Sweep, rounded: Rounding | None, *, drawn: bool
+) -> list[str]:
+    """Why a probe's results should not be trusted as they stand, each reason with its remedy.
+
+    `drawn` says that nothing speaks against E being the scored policy's draws.
+    """
+    update, evaluation, recipe = plan.update, setup.evaluation, as_recipe(setup.settings.recipe)
+    model = setup.checkpoint.model
+    elsewhere = _update_from_elsewhere(plan, recipe, truncated=setup.update_truncated)
+    ends = end_tokens(model.skeleton, setup.checkpoint.tokenizer)
     reasons = [
-        _below_rounding(swept, rounded),
-        _out_of_memory(swept),
-        _without_rule(swept),
-        _secant(setup, plan),
-        _guessed_divisor(setup, recipe),
         _no_gradient(plan, recipe),
+        _equal_advantages(update, recipe),
         _mixed_groups(plan, recipe),
-        _uneven_groups(plan.update),
-        _update_from_elsewhere(plan, recipe, truncated=setup.update_truncated),
-        _shared_rows(plan.update, setup.evaluation, swept),
-        _extrapolated("U", plan.update, setup.checkpoint.model),
-        _extrapolated("E", setup.evaluation, setup.checkpoint.model),
+        elsewhere,
+        no_draws("U", update, ends),
+        no_draws("E", evaluation, ends),
+        _shared_rows(update, evaluation, swept),
+        # How often chance repeats a response is known for draws of the policy alone.
+        "" if elsewhere else copied_rows("U", update, plan.logp),
+        copied_rows("E", evaluation, swept.base.logp) if drawn else "",
+        divided_prompts(evaluation),
+        _uneven_groups(update),
+        _another_optimizer(setup.checkpoint),
+        _guessed_divisor(setup, recipe),
+        _extrapolated("U", update, model),
+        _extrapolated("E", evaluation, model),
+        _below_rounding(swept, rounded),
+        _secant(setup, plan),
+        _without_rule(swept),
+        _out_of_memory(swept),
     ]
     return [reason for reason in reasons if reason]
 
@@ -72,15 +94,20 @@ def policy_doubts(
         if reason and alike:
             reason += f" {_UNSEEN}"
         return [reason] if reason else []
-    remedy = "Sample E from this checkpoint, or weight it by what it records with off_policy=True."
+    remedy = "ample E from this checkpoint, or weight it by what it records with off_policy=True."
     if recorded.cause == "sampling":
         settings = json.dumps(recorded.settings())
-        remedy = f'If it was sampled so, say in its lines "sampling": {settings}. If not: {remedy}'
-        if test is not None and not test.rejects and not test.weak:
-            remedy += (
-                f" But its draws pass the policy test {test.evidence()}: an engine may record what "
-                "it computes before its temperature and truncation. Then E is right as it is."
-            )
+        remedy = f'If it was sampled so, say in its lines "sampling": {settings}. If not, s{remedy}'
+        fault = "an engine took them before its temperature and truncation"
+    else:
+        remedy = f"S{remedy}"
+        fault = "shifted by a token, in another unit, of another file"
+    if test is not None and not test.rejects and not test.weak:
+        remedy += (
+            f" But its draws pass the policy test {test.evidence()}, which sees large differences. "
+            f"If the records are at fault instead ({fault}), E is right as it is, and "
+            "off_policy=True is wrong."
+        )
     return [f"E was not sampled from this policy, by its records. {recorded} {remedy}"]
 
 
@@ -157,11 +184,24 @@ def _no_gradient(plan: Plan, recipe: Recipe) -> str:
     )
 
 
+def _equal_advantages(update: Batch, recipe: Recipe) -> str:
+    """Whether advantages were given that compare nothing."""
+    first = float(update.advantage[0])
+    same = bool((update.advantage == first).all())
+    if recipe.baseline not in ("mean", "loo") or not same or first == 0 or update.n < 2:
+        return ""
+    return (
+        f"all advantages of U are {first:g}: no response is compared with another, as the recipe "
+        "does. Likely rewards, or placeholders, were written as advantages. Write rewards, or "
+        "advantages less their baseline."
+    )
+
+
 def _mixed_groups(plan: Plan, recipe: Recipe) -> str:
     """Whether rewards are compared across prompts."""
     if recipe.baseline not in ("mean", "loo") and recipe.scale != "group":
         return ""
-    pairs = set(zip(plan.update.group.tolist(), _prompts(plan.update), strict=True))
+    pairs = set(zip(plan.update.group.tolist(), prompts_of(plan.update), strict=True))
     mixed = [group for group, n in Counter(group for group, _ in pairs).items() if n > 1]
     if not mixed:
         return ""
@@ -228,13 +268,9 @@ def _shared_rows(update: Batch, evaluation: Batch, swept: Sweep) -> str:
     """Whether E holds rows of U, more than two samples of one policy would share by chance."""
     here, other = evaluation.row_hashes(), update.row_hashes()
     shared = torch.isin(here, other)
-    # A response of probability p is in n draws at its prompt with probability 1 - (1 - p)^n. Only
-    # responses that are unlikely to recur tell anything.
-    prompts = Counter(_prompts(update))
-    draws = torch.tensor([float(prompts[prompt]) for prompt in _prompts(evaluation)])
-    logp = torch.where(evaluation.response, swept.base.logp.double(), 0.0).sum(1)
-    chance = -torch.expm1(draws * torch.log1p(-logp.exp().clamp(max=1.0)))
-    telling = chance < 0.1
+    prompts = Counter(prompts_of(update))
+    draws = torch.tensor([float(prompts[prompt]) for prompt in prompts_of(evaluation)])
+    chance, telling = chance_of_repeat(evaluation, swept.base.logp, draws)
     expected = float(chance[telling].sum())
     same = torch.equal(here.sort().values, other.sort().values)
     if not same and int((shared & telling).sum()) <= 2 + 3 * expected:
@@ -246,10 +282,17 @@ def _shared_rows(update: Batch, evaluation: Batch, swept: Sweep) -> str:
     )
 
 
-def _prompts(batch: Batch) -> list[tuple[int, ...]]:
-    """The prompt of each row, as token ids."""
-    lengths = (batch.position[:, 0] + 1).tolist()
-    return [tuple(row[:n].tolist()) for row, n in zip(batch.tokens, lengths, strict=True)]
+def _another_optimizer(checkpoint: Checkpoint) -> str:
+    """Whether the optimizer has taken another number of steps than the trainer."""
+    steps = max(float(count) for count in checkpoint.state.count.values())
+    said = checkpoint.step
+    if not steps or not said or abs(steps - said) <= STEPS_OFF * max(steps, said):
+        return ""
+    return (
+        f"the optimizer's state has taken {steps:.0f} steps, but trainer_state.json says {said}. "
+        "Likely optimizer.pt is of another checkpoint, and so are the moments that the step is "
+        "made of: take all files from one. If the run started its optimizer anew, all is right."
+    )
 
 
 def _extrapolated(name: str, batch: Batch, model: Model) -> str:

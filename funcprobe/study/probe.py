@@ -137,7 +137,7 @@ def probe(
         progress=progress,
     )
     check_settings(settings)
-    check_arguments(checkpoint, update, evaluation)
+    check_arguments(checkpoint, update, evaluation, etas)
     inputs = read_inputs(checkpoint, update, evaluation, group, update_sampling)
     check_inputs(inputs, settings)
     clock = _Clock()
@@ -301,6 +301,7 @@ def _summarise(
     # E that is weighted by records of another policy is no sample of the scored one.
     policy = policy_test(swept.base, evaluation) if same or not settings.off_policy else None
     recorded = records(setup, swept, terms, explained)
+    suspicions = policy_doubts(change, policy, recorded, alike=same)
     clock.lap("statistics")
     after = checksum(setup.checkpoint.base | setup.checkpoint.params)
     clock.lap("checksum_after")
@@ -311,9 +312,10 @@ def _summarise(
         rounding=rounded,
         about=_about(setup, plan, swept, after, clock.seconds),
         flags=(
+            # The worst first: what is wrong with the inputs, then what that may have caused.
+            *suspicions,
+            *probe_doubts(setup, plan, swept, rounded, drawn=not suspicions),
             *doubts(change, series),
-            *policy_doubts(change, policy, recorded, alike=same),
-            *probe_doubts(setup, plan, swept, rounded),
         ),
         policy=policy,
         records=recorded,

@@ -34,7 +34,7 @@ class Explanation(NamedTuple):
 
     sampling: Sampling
     residual: float  # nats a token, root mean square
-    explains: bool  # whether they leave at most a quarter of the difference
+    explains: bool  # whether they leave a quarter of the difference or less, and only rounding
 
 
 class Records(NamedTuple):
@@ -152,14 +152,15 @@ def explanation(at: LogpAt, recorded: Tensor, scored: Sampling) -> Explanation:
         for candidate in candidates:
             residual = _rms(at(candidate) - recorded)
             if residual < best.residual:
-                best = Explanation(candidate, residual, residual <= max(off / 4, SAME))
+                explains = residual <= max(min(off / 4, ROUNDING), SAME)
+                best = Explanation(candidate, residual, explains)
         return best
 
     def fitted(starts: Iterable[Sampling]) -> Iterator[Sampling]:
         return (_with_temperature(at, recorded, start) for start in starts)
 
     best = Explanation(scored, off, explains=False)
-    for candidates in (fitted(dict.fromkeys((scored, plain))), (plain, *truncated)):
+    for candidates in (fitted(dict.fromkeys((scored, plain, Sampling()))), (plain, *truncated)):
         best = closest(candidates, best)
         if best.residual <= max(off / 20, SAME):
             return best
@@ -200,9 +201,10 @@ def alike(evaluation: Batch, swept: Sweep) -> bool:
 def records(setup: Setup, swept: Sweep, terms: Terms, best: Explanation | None) -> Records | None:
     """What E's records are and what taking E for the checkpoint's own draws does to the estimates.
 
-    They are explained by sampling settings that leave at most a quarter of the difference; else by
-    rounding, where they scatter by at most 0.1 nats a token with a mean near 0; else by nothing but
-    another model. A checkpoint a step away cannot be told from rounding, and its bias is the same.
+    They are explained by sampling settings that leave at most a quarter of the difference and at
+    most 0.1 nats a token; else by rounding, where they scatter by at most 0.1 nats a token with a
+    mean near 0; else by nothing but another model. A checkpoint a step away cannot be
+    told from rounding, and its bias is the same.
 
     Returns:
         None if nothing is recorded, the records are the checkpoint's, or E is weighted by them.

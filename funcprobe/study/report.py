@@ -272,7 +272,7 @@ class Report:
                 f"{row['ess']:.0f}/{self.change.rows}",
                 f"{row['khat']:.2f}" if math.isfinite(row["khat"]) else "-",
                 f"{row['skew']:+.2f}" if math.isfinite(row["skew"]) else "-",
-                f"{row['mean_weight']:.4f}",
+                f"{row['mean_weight']:.{'4f' if row['mean_weight'] < 1e3 else '1e'}}",
             )
             for row in (dict[str, Any](row) for row in self.rows())
         ]

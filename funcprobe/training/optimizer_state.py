@@ -360,17 +360,24 @@ def _check_values(entries: dict[str, Entry], params: Params) -> None:
         for key in _MOMENTS
         if key in entries[name] and not _possible(key, entries[name][key])
     ]
+    wrong += [f"step 0 of {name}" for name in params if _moved_before(entries[name])]
     if wrong:
         raise refusal(
-            "finite moments, the second ones not negative, were expected in the optimizer's "
-            f"state, found others in {len(wrong)}: {listed(wrong)}",
-            "the run had diverged, or the file is damaged",
+            "finite moments, the second ones not negative and all 0 at step 0, were expected in "
+            f"the optimizer's state, found others in {len(wrong)}: {listed(wrong)}",
+            "the run had diverged, or the file was edited or damaged",
             f"Use an earlier checkpoint. {FRESH}",
         )
 
 
 def _possible(key: str, moment: Tensor) -> bool:
     return bool(moment.isfinite().all()) and (key == "exp_avg" or not bool((moment < 0).any()))
+
+
+def _moved_before(entry: Entry) -> bool:
+    """Whether there are moments before a first step."""
+    moved = any(bool(entry[key].any()) for key in _MOMENTS if key in entry)
+    return moved and _steps(entry) == 0
 
 
 def _misfits(name: str, entry: Entry, p: Tensor) -> set[str]:
