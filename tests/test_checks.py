@@ -211,7 +211,7 @@ def test_checks_change_nothing():
     case = cases.case("llama")
     forward, params, base = case.model.forward, case.params, case.base
     name = fp.fingerprint(case.model, params, base)
-    whole = checks.check_head(forward, params, base)
+    whole = checks.check_head(forward, params, base, checks.check_runs(forward, params, base))
     assert checks.attends_alike(forward, params, base, whole)
     assert derivative.check_derivative(forward, params, base) == ""
     assert checks.longest_shared(forward, forward, params, base) == 0  # it mixes tokens

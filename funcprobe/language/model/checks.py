@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,15 @@ _SHORT, _LONG = 7, 24  # tokens in the rows that a module must read alike; block
 _FAR = 2**24  # a position beyond every rotary table
 
 
+class Trial(NamedTuple):
+    """What body and head give of a short row."""
+
+    hidden: Tensor  # [1, R, D]
+    logits: Tensor  # [1, R, V]
+
+
 @torch.no_grad()
-def check_head(forward: Forward, params: Params, base: Params) -> Tensor:
+def check_head(forward: Forward, params: Params, base: Params, trial: Trial) -> Tensor:
     """The head after the body gives the module's own logits.
 
     Returns:
@@ -38,12 +45,11 @@ def check_head(forward: Forward, params: Params, base: Params) -> Tensor:
         ValueError: it does not.
     """
     batch = _one_row(params)
-    ours = _logits(forward, params, base, batch)
     inputs = {"input_ids": batch.tokens, "use_cache": False}
     with forward.borrowed() as halves, forward.precision():
         out = functional_call(halves.whole, base | params, (), inputs, strict=True)
     whole = torch.take_along_dim(out.logits, batch.position.unsqueeze(-1), 1)
-    error, scale = float((ours - whole).abs().max()), float(whole.abs().max())
+    error, scale = float((trial.logits - whole).abs().max()), float(whole.abs().max())
     if not error <= 1e-3 * scale:
         raise ValueError(
             f"split: head(hidden) was expected to be the module's own logits, it differs by "
@@ -63,14 +69,18 @@ def attends_alike(forward: Forward, params: Params, base: Params, whole: Tensor)
 
 
 @torch.no_grad()
-def check_runs(forward: Forward, params: Params, base: Params) -> None:
+def check_runs(forward: Forward, params: Params, base: Params) -> Trial:
     """The module's own forward runs on a row of tokens, its head included.
+
+    Returns:
+        What it gives, for `check_head` and `slices_alike`.
 
     Raises:
         ValueError: it raises something else than that memory ran out.
     """
     try:
-        _logits(forward, params, base, _one_row(params))
+        hidden = _hidden(forward, params, base, _one_row(params))
+        return Trial(hidden, forward.head(params, base, hidden))
     except Exception as error:
         if "memory" in str(error):
             raise
@@ -144,7 +154,7 @@ def check_causal(forward: Forward, params: Params, base: Params) -> None:
 
 
 @torch.no_grad()
-def slices_alike(forward: Forward, params: Params, base: Params) -> bool:
+def slices_alike(forward: Forward, params: Params, base: Params, trial: Trial) -> bool:
     """Whether the head read in slices of the vocabulary gives the slices of the whole logits.
 
     It does not where an adapter of the head knows the vocabulary's size or its tokens' indices, as
@@ -152,7 +162,7 @@ def slices_alike(forward: Forward, params: Params, base: Params) -> bool:
     """
     names = forward.head_names
     tensors = tuple(params[name] if name in params else base[name] for name in names)
-    hidden = _hidden(forward, params, base, _one_row(params))
+    hidden = trial.hidden
     causal: Any = causal_model(forward.skeleton)
     vocabulary = causal.get_output_embeddings().weight.shape[0]
     if any(tensor.shape[:1] != (vocabulary,) for tensor in tensors):

@@ -24,6 +24,13 @@ _HOOKS = (
     "_state_dict_hooks",
     "_load_state_dict_pre_hooks",
 )
+_UNCHANGED = (  # by any call of a module without hooks
+    *_HOOKS,
+    "_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    "_non_persistent_buffers_set",
+)
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -84,11 +91,20 @@ def duplicate(skeleton: nn.Module) -> nn.Module:
 
     It computes nothing, so it may be made within any transform.
     """
-    shared: list[Any] = [*skeleton.parameters(), *skeleton.buffers()]
-    for part in skeleton.modules():
-        shared += [value for value in vars(part).values() if isinstance(value, Tensor)]
-        shared += [getattr(part, hooks) for hooks in _HOOKS]  # empty, and most of what there is
-    return copy.deepcopy(skeleton, {id(item): item for item in shared})
+    parts = list(skeleton.modules())
+    twins = [type(part).__new__(type(part)) for part in parts]
+    memo: dict[int, Any] = {id(part): twin for part, twin in zip(parts, twins, strict=True)}
+    for part in parts:
+        tensors = (*part._parameters.values(), *part._buffers.values(), *vars(part).values())
+        memo |= {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
+        memo |= {id(getattr(part, name)): getattr(part, name) for name in _UNCHANGED}
+    for part, twin in zip(parts, twins, strict=True):
+        # Nearly all values are plain, and `deepcopy` takes long to see that.
+        twin.__dict__ = {
+            name: value if type(value) in _PLAIN else copy.deepcopy(value, memo)
+            for name, value in vars(part).items()
+        }
+    return twins[0]
 
 
 def fill(skeleton: nn.Module, params: dict[str, Tensor], base: dict[str, Tensor]) -> nn.Module:

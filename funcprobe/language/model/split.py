@@ -168,11 +168,11 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
     float64 = _all_float64(tensors)
     ours, eager, apart = (forward_of(x, names, float64=float64) for x in _attending(skeleton))
     point = checks.generic(params)  # where a fresh adapter does what it will do when it has moved
-    checks.check_runs(eager, point, base)
+    trial = checks.check_runs(eager, point, base)
     checks.check_state(eager, point, base)  # first: what keeps state differs from itself
     check_hooks(module, eager, params, base)
     checks.check_causal(eager, point, base)
-    whole = checks.check_head(eager, point, base)
+    whole = checks.check_head(eager, point, base, trial)
     forward = ours if checks.attends_alike(ours, point, base, whole) else eager
     causal: Any = causal_model(skeleton)
     limit = positions.limit(skeleton)
@@ -180,7 +180,7 @@ def split(module: nn.Module, *, dtype: torch.dtype | None = None) -> tuple[Model
         forward=forward,
         implementation=getattr(module.config, "_attn_implementation", None),
         vocabulary=causal.get_output_embeddings().weight.shape[0],
-        sliced=checks.slices_alike(forward, point, base),
+        sliced=checks.slices_alike(forward, point, base, trial),
         shares=checks.longest_shared(forward, apart, point, base),
         longest=limit and limit.longest,
         trainable=len(params),
