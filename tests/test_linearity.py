@@ -44,7 +44,7 @@ def law(
     )  # fmt: skip
     base = torch.tensor(1.0).double()
     change = fp.Estimate(etas, base, value, psi, common, diagnostics, rows)
-    series = fp.Series(torch.ones(1).double(), shared * common[None], torch.zeros(1).double())
+    series = fp.Series(torch.ones(1).double(), shared * common[None])
     return change, series
 
 

@@ -170,7 +170,7 @@ def lone(etas, skew, slope_skew, *, error=0.02, khat=0.1, ess=80.0):
     one = torch.ones(1).double()
     psi = etas[:, None] * error * etas.abs()[:, None] * noise
     change = fp.Estimate(etas, one[0], etas, psi, noise, diagnostics, rows=100)
-    return change, fp.Series(one, 0.0 * noise[None], slope_skew * one)
+    return change, fp.Series(one, 0.0 * noise[None], skew=slope_skew * one)
 
 
 def test_points_whose_error_hangs_on_few_responses_are_left_out_unless_it_cannot_matter():

@@ -223,9 +223,10 @@ class Series(NamedTuple):
 
     value: Tensor  # [M] orders 1..M, nats per token or per sequence, per unit of eta^m
     psi: Tensor  # [M, G] their influence values by prompt
-    skew: Tensor  # [M] skewness of their influence values by row or prompt; see `skewness`
     estimator: Estimator = Estimator()
     quantity: Quantity = "entropy"
+    # [M] skewness of their influence values by row or prompt, see `skewness`; [1] nan if not given
+    skew: Tensor = torch.full((1,), torch.nan, dtype=torch.float64)
 
     @property
     def stderr(self) -> Tensor:
@@ -272,7 +273,7 @@ class Series(NamedTuple):
         """For each order its name, value, error, unit and skewness, as text."""
         name = "H" if self.quantity == "entropy" else "value"
         rows = []
-        numbers = (self.value, self.stderr, self.skew)
+        numbers = (self.value, self.stderr, self.skew.expand_as(self.value))
         for m, (value, error, skew) in enumerate(
             zip(*(x.tolist() for x in numbers), strict=True), start=1
         ):
