@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 _LOWER = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
-_FACTORIES: tuple[Callable[..., Any], ...] = (
-    *(torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange),
-    *(torch.linspace, torch.tensor, torch.rand, torch.randn),
+_CASTS = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
+_FACTORIES: frozenset[Any] = frozenset(
+    {torch.zeros, torch.ones, torch.empty, torch.full, torch.eye, torch.arange, torch.linspace}
+    | {torch.tensor, torch.rand, torch.randn}
 )
-_METADATA = (Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride)
+_METADATA = frozenset(
+    {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride}
+)
 
 
 class Float64(TorchFunctionMode):
@@ -38,6 +40,8 @@ class Float64(TorchFunctionMode):
     ) -> Any:
         """Calls an operation with float64 in the place of a lower dtype."""
         kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # most calls read a shape or a device
+            return func(*args, **kwargs)
         if func in _CASTS:
             return args[0].double()
         args = tuple(_raise(value) for value in args)
